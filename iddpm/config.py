@@ -1,0 +1,156 @@
+"""What to train: the U-Net's shape and the diffusion process. Imports no torch, so that --help is fast."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Schedule = Literal["linear", "cosine"]
+Mean = Literal["epsilon", "x_start", "x_prev"]
+Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
+Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
+
+GROUPS = 32  # of every GroupNorm
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The U-Net of IDDPM: residual blocks at several resolutions, self-attention at some of them."""
+
+    image_size: int = 64
+    """Height and width of the images, in pixels. A multiple of 2^(levels - 1), levels being the length of
+    channel_mult.
+    """
+    in_channels: int = 3
+    """Channels of the images: 3 for RGB, 1 for grey."""
+    channels: int = 128
+    """Width C of the first level. A multiple of 32 (GroupNorm has 32 groups). Parameters and FLOPs grow with
+    its square.
+    """
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    """Width of each level in multiples of `channels`; each level after the first halves the resolution."""
+    num_res_blocks: int = 3
+    """Residual blocks per level on the way down (one more on the way up), 1 or more."""
+    attention_resolutions: tuple[int, ...] = (16, 8)
+    """Sizes of the feature maps, in pixels, that get self-attention. Sizes the network never has are ignored;
+    the smallest feature map has attention in the middle of the network in any case.
+    """
+    num_heads: int = 4
+    """Attention heads. Must divide the width of every level that has attention."""
+    num_heads_upsample: int | None = None
+    """Attention heads on the way up; None: the same as num_heads."""
+    scale_shift_norm: bool = True
+    """True: the timestep scales and shifts each block's GroupNorm (IDDPM appendix A). False: it is added to
+    the activations (DDPM).
+    """
+    dropout: float = 0.0
+    """Dropout probability in the residual blocks, in [0, 1). The paper has 0 on ImageNet 64, 0.1 (linear
+    schedule) or 0.3 (cosine) on CIFAR-10.
+    """
+    num_classes: int | None = None
+    """Number of classes of a class-conditional model; None: unconditional."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "in_channels", "channels", "num_res_blocks", "num_heads"):
+            _check(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("num_heads_upsample", "num_classes"):
+            value = getattr(self, name)
+            _check(f"model.{name}", value, value is None or value >= 1, "1 or more, or None")
+        _check(
+            "model.channel_mult",
+            self.channel_mult,
+            bool(self.channel_mult) and min(self.channel_mult) >= 1,
+            "one or more whole numbers, each 1 or more",
+        )
+        _check(
+            "model.attention_resolutions",
+            self.attention_resolutions,
+            all(r >= 1 for r in self.attention_resolutions),
+            "feature-map sizes in pixels, each 1 or more",
+        )
+        _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "a probability in [0, 1)")
+        _check(
+            "model.channels",
+            self.channels,
+            self.channels % GROUPS == 0,
+            f"a multiple of {GROUPS}, because GroupNorm has {GROUPS} groups",
+        )
+        halvings = len(self.channel_mult) - 1
+        _check(
+            "model.image_size",
+            self.image_size,
+            self.image_size % 2**halvings == 0,
+            f"a multiple of {2**halvings}, which channel_mult {self.channel_mult} halves {halvings} times",
+        )
+        for level, mult in enumerate(self.channel_mult):
+            if self.image_size // 2**level not in self.attention_resolutions and level != halvings:
+                continue
+            width = mult * self.channels
+            for name in ("num_heads", "num_heads_upsample"):
+                heads = getattr(self, name)
+                _check(
+                    f"model.{name}",
+                    heads,
+                    heads is None or width % heads == 0,
+                    f"a divisor of {width}, the width of level {level}, which has attention",
+                )
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The diffusion process and its loss. The defaults are the paper's L_hybrid on its cosine schedule.
+
+    L_simple is loss=mse with a fixed variance; L_hybrid is loss=rescaled_mse with variance=learned_range;
+    L_vlb is loss=rescaled_kl with variance=learned_range.
+    """
+
+    timesteps: int = 4000
+    """Number T of diffusion steps. The paper trains with 4000; DDPM had 1000."""
+    schedule: Schedule = "cosine"
+    """How the noise grows. linear: DDPM's betas, scaled to any T (T of 21 or more). cosine: IDDPM equation
+    17, which destroys small images more slowly.
+    """
+    mean: Mean = "epsilon"
+    """What the network predicts: the noise that was added (epsilon), the clean image (x_start) or the mean of
+    the previous step (x_prev).
+    """
+    variance: Variance = "learned_range"
+    """Variance of each reverse step. fixed_small: that of the posterior (beta tilde). fixed_large: beta.
+    learned: the network's second half is the log variance. learned_range: it interpolates between the two in
+    log space (IDDPM equation 15).
+    """
+    loss: Loss = "rescaled_mse"
+    """What training minimises at a timestep t. mse, fixed variance: L_simple. rescaled_mse, learned variance:
+    L_hybrid, which is L_simple plus T/1000 times L_vlb's term of t in bits/dim, whose gradient reaches only
+    the variance (mse, learned variance: the same, but the term is not scaled). rescaled_kl: T times L_vlb's
+    term of t, on average the whole L_vlb in bits/dim. kl: the term alone.
+    """
+    rescale_timesteps: bool = True
+    """True: the network is told t x 1000/T, a number in [0, 1000). False: t itself, in [0, T) (the paper's
+    class-conditional models).
+    """
+
+    def __post_init__(self) -> None:
+        for name, kind in (("schedule", Schedule), ("mean", Mean), ("variance", Variance), ("loss", Loss)):
+            value = getattr(self, name)
+            _check(f"diffusion.{name}", value, value in get_args(kind), "one of " + ", ".join(get_args(kind)))
+        _check("diffusion.timesteps", self.timesteps, self.timesteps >= 1, "1 or more")
+        # The scaled linear schedule ends at beta = 20/T, which has to stay below 1.
+        _check(
+            "diffusion.timesteps",
+            self.timesteps,
+            self.schedule != "linear" or self.timesteps > 20,
+            "21 or more with schedule=linear (its last beta is 20/T); use schedule=cosine for fewer",
+        )
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network has a second output for the variance."""
+        return self.variance in ("learned", "learned_range")
+
+    def out_channels(self, in_channels: int) -> int:
+        """Output channels of the network for images of `in_channels` channels."""
+        return 2 * in_channels if self.learns_variance else in_channels
+
+
+def _check(field: str, value: object, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{field}: got {value!r}, expected {expected}")

@@ -1,0 +1,198 @@
+"""Gaussian diffusion: the forward process q, the learned reverse process p, and the training losses."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from iddpm.config import DiffusionConfig
+from iddpm.likelihood import mean_flat, vlb_bits
+from iddpm.schedule import make_betas
+
+
+class Model(Protocol):
+    """The network: images [N, C, H, W], float32 timesteps [N], labels [N] -> [N, C or 2C, H, W]."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None, /) -> Tensor: ...
+
+
+class Gaussian(NamedTuple):
+    """A diagonal Gaussian over images; each field broadcasts to [N, C, H, W]."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+
+
+class Prediction(NamedTuple):
+    """p(x_{t-1} | x_t) and the x_start it implies, each [N, C, H, W]."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    pred_xstart: Tensor
+
+
+class Losses(NamedTuple):
+    """Per example."""
+
+    loss: Tensor  # [N]: what training minimises the mean of
+    mse: Tensor | None  # [N]; None for the kl losses
+    vb: (
+        Tensor | None
+    )  # [N]: what an mse loss adds to train the variance, as it is added; None where nothing is
+
+
+class Diffusion:
+    """The process of a DiffusionConfig or, with `keep`, the shorter chain over those of its timesteps (IDDPM
+    section 4).
+
+    A timestep t (int64 [N]) counts along the chain itself, 0 .. K-1. Images are [N, C, H, W] in [-1, 1]. The
+    tables are float64 [K]; what is gathered from them is cast to the dtype of the images, so a float64 run is
+    one throughout. No method waits for the device.
+
+    ValueError if `keep` is not increasing, or leaves the range of timesteps.
+    """
+
+    def __init__(
+        self, config: DiffusionConfig, keep: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    ):
+        betas = make_betas(config.schedule, config.timesteps)
+        kept = list(range(config.timesteps)) if keep is None else list(keep)
+        if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= config.timesteps:
+            raise ValueError(
+                f"keep: got {kept}, expected increasing timesteps from 0 to {config.timesteps - 1}"
+            )
+        one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        if keep is not None:
+            kept_cumprod = (1 - betas).cumprod(0)[kept]
+            betas = 1 - kept_cumprod / torch.cat([one, kept_cumprod[:-1]])
+
+        self.config = config
+        self.num_timesteps = len(kept)
+        self.timestep_map = torch.tensor(kept, device=device)
+        self.betas = betas.to(device)
+        self.log_betas = betas.log().to(device)
+        alphas_cumprod = (1 - betas).cumprod(0)
+        alphas_cumprod_prev = torch.cat([one, alphas_cumprod[:-1]])
+        self.alphas_cumprod = alphas_cumprod.to(device)
+        self.alphas_cumprod_prev = alphas_cumprod_prev.to(device)
+        self.alphas_cumprod_next = torch.cat([alphas_cumprod[1:], zero]).to(device)
+
+        # q(x_{t-1} | x_t, x_0): DDPM equations 6 and 7.
+        posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+        self.posterior_variance = posterior_variance.to(device)
+        self.posterior_mean_coef1 = (betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)).to(device)
+        self.posterior_mean_coef2 = (
+            (1 - alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - alphas_cumprod)
+        ).to(device)
+        # At t = 0 the posterior's variance is 0 and has no log; the one of t = 1 stands in.
+        first = posterior_variance[1:2] if self.num_timesteps > 1 else betas
+        self.posterior_log_variance_clipped = torch.cat([first, posterior_variance[1:]]).log().to(device)
+        self.fixed_large_variance = torch.cat([first, betas[1:]]).to(device)
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> Gaussian:
+        """q(x_t | x_0): DDPM equation 4."""
+        variance = 1 - self.alphas_cumprod
+        mean = at(self.alphas_cumprod.sqrt(), t, x_start) * x_start
+        return Gaussian(mean, at(variance, t, x_start), at(variance.log(), t, x_start))
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t made from x_start and standard normal `noise`: IDDPM equation 9."""
+        signal, sigma = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+        return at(signal, t, x_start) * x_start + at(sigma, t, x_start) * noise
+
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
+        """q(x_{t-1} | x_t, x_0): IDDPM equations 10 to 12, the log variance clipped at t = 0."""
+        mean = at(self.posterior_mean_coef1, t, x_t) * x_start + at(self.posterior_mean_coef2, t, x_t) * x_t
+        variance = at(self.posterior_variance, t, x_t)
+        return Gaussian(mean, variance, at(self.posterior_log_variance_clipped, t, x_t))
+
+    def xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The x_start from which `eps` makes x_t."""
+        ac = self.alphas_cumprod
+        return at(ac.rsqrt(), t, x_t) * x_t - at((1 / ac - 1).sqrt(), t, x_t) * eps
+
+    def eps_from_xstart(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
+        """The noise that makes x_t from x_start."""
+        ac = self.alphas_cumprod
+        return (at(ac.rsqrt(), t, x_t) * x_t - x_start) / at((1 / ac - 1).sqrt(), t, x_t)
+
+    def p_mean_variance(
+        self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None = None, clip_denoised: bool = True
+    ) -> Prediction:
+        """p(x_{t-1} | x_t) by the network; clip_denoised keeps the predicted x_start in [-1, 1]."""
+        return self._prediction(self._output(model, x_t, t, y), x_t, t, clip_denoised)
+
+    def training_losses(
+        self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None
+    ) -> Losses:
+        """The configured loss of each example at its timestep t, for standard normal `noise` [N, C, H, W]."""
+        config = self.config
+        x_t = self.q_sample(x_start, t, noise)
+        output = self._output(model, x_t, t, y)
+        posterior = self.q_posterior_mean_variance(x_start, x_t, t)
+
+        def vlb(output: Tensor) -> Tensor:
+            p = self._prediction(output, x_t, t, clip_denoised=False)
+            return vlb_bits(x_start, t, posterior.mean, posterior.log_variance, p.mean, p.log_variance)
+
+        if config.loss in ("kl", "rescaled_kl"):
+            # T times the term of a uniform t estimates the sum over t, L_vlb (IDDPM equation 4).
+            scale: float = self.num_timesteps if config.loss == "rescaled_kl" else 1
+            return Losses(scale * vlb(output), None, None)
+
+        targets = {"epsilon": noise, "x_start": x_start, "x_prev": posterior.mean}
+        if not config.learns_variance:
+            mse = mean_flat((targets[config.mean] - output).square())
+            return Losses(mse, mse, None)
+        # L_hybrid (IDDPM equation 16): the bound trains the variance alone, its gradient stops at the mean.
+        # The scale is the paper's lambda = 0.001, for a bound that rescaled_kl would multiply by T.
+        mean, log_variance = output.chunk(2, dim=1)
+        mse = mean_flat((targets[config.mean] - mean).square())
+        scale = self.num_timesteps / 1000 if config.loss == "rescaled_mse" else 1
+        vb = scale * vlb(torch.cat([mean.detach(), log_variance], dim=1))
+        return Losses(mse + vb, mse, vb)
+
+    def _output(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        told = self.timestep_map[t].float()
+        if self.config.rescale_timesteps:
+            told = told * (1000 / self.config.timesteps)
+        output = model(x_t, told, y).to(x_t.dtype)  # a bfloat16 network's output; the arithmetic on it is not
+        expected = self.config.out_channels(x_t.shape[1])
+        assert output.shape[1] == expected, f"model gave {output.shape[1]} channels, expected {expected}"
+        return output
+
+    def _prediction(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool) -> Prediction:
+        config = self.config
+        smallest, largest = at(self.posterior_log_variance_clipped, t, x_t), at(self.log_betas, t, x_t)
+        if config.variance == "fixed_small":
+            variance, log_variance = at(self.posterior_variance, t, x_t), smallest
+        elif config.variance == "fixed_large":
+            variance = at(self.fixed_large_variance, t, x_t)
+            log_variance = at(self.fixed_large_variance.log(), t, x_t)
+        elif config.variance == "learned":
+            output, log_variance = output.chunk(2, dim=1)
+            variance = log_variance.exp()
+        else:  # IDDPM equation 15, with v scaled from [-1, 1] to [0, 1]
+            output, v = output.chunk(2, dim=1)
+            log_variance = (v + 1) / 2 * largest + (1 - v) / 2 * smallest
+            variance = log_variance.exp()
+
+        if config.mean == "epsilon":
+            pred_xstart = self.xstart_from_eps(x_t, t, output)
+        elif config.mean == "x_start":
+            pred_xstart = output
+        else:  # the posterior mean, solved for x_start
+            coef1, coef2 = self.posterior_mean_coef1, self.posterior_mean_coef2
+            pred_xstart = at(1 / coef1, t, x_t) * output - at(coef2 / coef1, t, x_t) * x_t
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+        mean = output if config.mean == "x_prev" else self.q_posterior_mean_variance(pred_xstart, x_t, t).mean
+        return Prediction(mean, variance.expand_as(mean), log_variance.expand_as(mean), pred_xstart)
+
+
+def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """table[t] in the dtype of `like`, shaped [N, 1, 1, 1] to broadcast against it."""
+    return table[t].to(like.dtype).view(-1, 1, 1, 1)

@@ -1,0 +1,53 @@
+"""Exponential moving averages of the weights, at several rates at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class EMA:
+    """One average of `params` (name to tensor) for each rate: average = rate x average + (1 - rate) x params,
+    at each update.
+
+    Starts as a copy of `params`, in their dtype: float32 or wider, since 1 - rate is lost in a narrower one.
+    """
+
+    def __init__(self, params: dict[str, Tensor], rates: Sequence[float]):
+        for rate in rates:
+            if not 0 <= rate < 1:
+                raise ValueError(f"ema rate: got {rate}, expected a number in [0, 1), like 0.9999")
+        self._averages = {rate: {name: p.detach().clone() for name, p in params.items()} for rate in rates}
+
+    @torch.no_grad()
+    def update(self, params: dict[str, Tensor]) -> None:
+        """One step towards `params`, which have the names of the start."""
+        for rate, average in self._averages.items():
+            torch._foreach_lerp_(list(average.values()), [params[name] for name in average], 1 - rate)
+
+    def weights(self, rate: float) -> dict[str, Tensor]:
+        """The average at that rate, by name: the tensors themselves, which the next update changes."""
+        return self._averages[rate]
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The averages by rate, written as a string, and name."""
+        return {str(rate): dict(average) for rate, average in self._averages.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Copies a state in. ValueError where a rate, a name or a shape differs."""
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise ValueError(f"ema rates: got {sorted(state)}, expected {sorted(own)}")
+        for rate, average in own.items():
+            got = {name: tensor.shape for name, tensor in state[rate].items()}
+            expected = {name: tensor.shape for name, tensor in average.items()}
+            if got != expected:
+                differ = sorted(
+                    name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name)
+                )
+                raise ValueError(
+                    f"ema weights at rate {rate}: names or shapes differ from the model's: {differ}"
+                )
+            for name, tensor in average.items():
+                tensor.copy_(state[rate][name])

@@ -1,0 +1,38 @@
+"""The published improved-diffusion checkpoints (.pt files), which hold a state_dict of UNet's names."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from iddpm.config import UNetConfig
+from iddpm.unet import UNet
+
+
+def load_published(path: str | Path, config: UNetConfig, out_channels: int) -> dict[str, Tensor]:
+    """The weights in the file, on the CPU, for `UNet(config, out_channels).load_state_dict`.
+
+    ValueError if it is not a file of tensors only (nothing in it is ever executed), or if names or shapes are
+    not that model's: the message lists which.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a checkpoint of tensors only: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected a dict of tensors, a UNet's state_dict")
+
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in UNet(config, out_channels).state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in got]
+    problems += [f"unexpected {name} {shape}" for name, shape in got.items() if name not in expected]
+    problems += [
+        f"{name}: got {got[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in got and got[name] != shape
+    ]
+    if problems:
+        raise ValueError(f"{path}: not the weights of this model config:\n  " + "\n  ".join(problems))
+    return state

@@ -1,0 +1,157 @@
+"""Sampling: generators along a chain, which give every step, so that the caller can watch, record or stop.
+
+A shorter chain needs nothing here: it is a Diffusion with `keep`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from iddpm.diffusion import Diffusion, Model, at
+
+
+class Step(NamedTuple):
+    t: int  # along the chain
+    x: Tensor  # [N, C, H, W] after the step
+    pred_xstart: Tensor  # [N, C, H, W] as the step predicted it
+
+
+@torch.no_grad()
+def ancestral(
+    model: Model,
+    diffusion: Diffusion,
+    x_T: Tensor,
+    noise: Callable[[int], Tensor],
+    y: Tensor | None = None,
+    clip_denoised: bool = True,
+) -> Iterator[Step]:
+    """DDPM's sampler (algorithm 2), from standard normal x_T [N, C, H, W] through t = K-1 .. 0.
+
+    `noise(t)` gives the standard normal z [N, C, H, W] of a step; the last one, t = 0, adds none.
+    """
+    x = x_T
+    for i in reversed(range(diffusion.num_timesteps)):
+        z = noise(i) if i > 0 else torch.zeros_like(x)
+        x, pred_xstart = ancestral_step(model, diffusion, x, _filled(i, x), z, y, clip_denoised)
+        yield Step(i, x, pred_xstart)
+
+
+@torch.no_grad()
+def ddim(
+    model: Model,
+    diffusion: Diffusion,
+    x_T: Tensor,
+    eta: float = 0.0,
+    noise: Callable[[int], Tensor] | None = None,
+    y: Tensor | None = None,
+    clip_denoised: bool = True,
+) -> Iterator[Step]:
+    """DDIM's sampler (equation 12), from standard normal x_T through t = K-1 .. 0.
+
+    eta = 0 is deterministic, eta = 1 has the variance of DDPM's posterior; above 0 it wants `noise(t)`, as
+    `ancestral` does.
+    """
+    if eta > 0 and noise is None:
+        raise ValueError(
+            f"noise: got None with eta={eta}, expected a function of the timestep; only eta=0 draws none"
+        )
+    x = x_T
+    for i in reversed(range(diffusion.num_timesteps)):
+        z = noise(i) if noise is not None and eta > 0 and i > 0 else torch.zeros_like(x)
+        x, pred_xstart = ddim_step(model, diffusion, x, _filled(i, x), z, eta, y, clip_denoised)
+        yield Step(i, x, pred_xstart)
+
+
+@torch.no_grad()
+def ddim_invert(
+    model: Model, diffusion: Diffusion, x_0: Tensor, y: Tensor | None = None, clip_denoised: bool = True
+) -> Iterator[Step]:
+    """Runs the deterministic DDIM backwards (DDIM section 4.3): the x of step t has the noise level of
+    timestep t.
+
+    The last step's x is the x_T from which `ddim` comes back to x_0, the nearer the longer the chain.
+    """
+    t = _filled(0, x_0)
+    pred_xstart = diffusion.p_mean_variance(model, x_0, t, y, clip_denoised).pred_xstart
+    x = diffusion.q_sample(x_0, t, diffusion.eps_from_xstart(x_0, t, pred_xstart))
+    yield Step(0, x, pred_xstart)
+    for i in range(diffusion.num_timesteps - 1):
+        x, pred_xstart = ddim_invert_step(model, diffusion, x, _filled(i, x), y, clip_denoised)
+        yield Step(i + 1, x, pred_xstart)
+
+
+def final(steps: Iterable[Step]) -> Tensor:
+    """Runs the chain to its end; the x [N, C, H, W] of its last step."""
+    for step in steps:
+        last = step
+    return last.x
+
+
+def ancestral_step(
+    model: Model,
+    diffusion: Diffusion,
+    x_t: Tensor,
+    t: Tensor,
+    z: Tensor,
+    y: Tensor | None = None,
+    clip_denoised: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """x_{t-1} and pred_xstart, each image at its own timestep t (int64 [N]); z is ignored where t is 0."""
+    p = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised)
+    noisy = (t > 0).to(x_t.dtype).view(-1, 1, 1, 1)
+    return p.mean + noisy * (0.5 * p.log_variance).exp() * z, p.pred_xstart
+
+
+def ddim_step(
+    model: Model,
+    diffusion: Diffusion,
+    x_t: Tensor,
+    t: Tensor,
+    z: Tensor,
+    eta: float = 0.0,
+    y: Tensor | None = None,
+    clip_denoised: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """x_{t-1} and pred_xstart by DDIM equations 12 and 16; sigma is 0 at t = 0."""
+    pred_xstart = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised).pred_xstart
+    eps = diffusion.eps_from_xstart(x_t, t, pred_xstart)  # that of the clipped x_start
+    ac, ac_prev = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
+    variance = eta**2 * (1 - ac_prev) / (1 - ac) * (1 - ac / ac_prev)
+    direction = (
+        (1 - ac_prev - variance).clamp(min=0).sqrt()
+    )  # clamped: eta = 1 leaves a rounding error at t = 0
+    mean = at(ac_prev.sqrt(), t, x_t) * pred_xstart + at(direction, t, x_t) * eps
+    return mean + at(variance.sqrt(), t, x_t) * z, pred_xstart
+
+
+def ddim_invert_step(
+    model: Model,
+    diffusion: Diffusion,
+    x_t: Tensor,
+    t: Tensor,
+    y: Tensor | None = None,
+    clip_denoised: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """x_{t+1} and pred_xstart: an Euler step of DDIM equation 14. Beyond the last timestep lies pure noise."""
+    pred_xstart = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised).pred_xstart
+    eps = diffusion.eps_from_xstart(x_t, t, pred_xstart)
+    ac_next = diffusion.alphas_cumprod_next
+    return at(ac_next.sqrt(), t, x_t) * pred_xstart + at((1 - ac_next).sqrt(), t, x_t) * eps, pred_xstart
+
+
+def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """Between a (weight 0) and b (weight 1), both [N, ...], along a great circle each (DDIM appendix D.5)."""
+    flat_a, flat_b = a.flatten(1), b.flatten(1)
+    cosine = torch.cosine_similarity(flat_a, flat_b).clamp(-1, 1)
+    angle = cosine.acos().view(-1, *[1] * (a.dim() - 1))
+    # Where a and b are parallel the circle is not defined, and a straight line is as good.
+    parallel = angle.sin() < 1e-4
+    sine = torch.where(parallel, torch.ones_like(angle), angle.sin())
+    along = (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / sine
+    return torch.where(parallel, torch.lerp(a, b, weight), along)
+
+
+def _filled(t: int, x: Tensor) -> Tensor:
+    return torch.full((len(x),), t, device=x.device)

@@ -1,0 +1,63 @@
+"""Noise schedules, and the choice of timesteps for a shorter chain."""
+
+import math
+from itertools import accumulate, pairwise, repeat
+
+import torch
+from torch import Tensor
+
+from iddpm.config import Schedule
+
+
+def make_betas(schedule: Schedule, timesteps: int) -> Tensor:
+    """The betas of a schedule, float64 [T] on the CPU.
+
+    linear: DDPM's 1e-4 to 0.02 at T = 1000 (section 4), scaled by 1000/T. cosine: IDDPM equation 17 with s =
+    0.008, each beta at most 0.999.
+    """
+    if schedule == "linear":
+        first, last = 1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps
+        return first + torch.arange(timesteps, dtype=torch.float64) * ((last - first) / (timesteps - 1))
+    bar = [math.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(timesteps + 1)]
+    betas = [min(1 - after / before, 0.999) for before, after in pairwise(bar)]
+    return torch.tensor(betas, dtype=torch.float64)
+
+
+def respace(timesteps: int, spec: str) -> list[int]:
+    """The timesteps, of `timesteps`, that a shorter chain keeps, in increasing order.
+
+    "250" keeps 250 evenly spaced ones, the first and the last among them (IDDPM section 4); "10,15,20" cuts
+    the chain into three equal sections and keeps so many of each; "ddim50" keeps 50 at one whole-number
+    stride, beginning with 0 (DDIM appendix D.2).
+
+    ValueError for a spec that cannot be read or asks for more timesteps than there are.
+    """
+    by_stride = spec.startswith("ddim")
+    fields = [spec.removeprefix("ddim")] if by_stride else spec.split(",")
+    if not all(field.strip().isdecimal() and int(field) >= 1 for field in fields):
+        raise ValueError(
+            f'timesteps to keep: got {spec!r}, expected a spec like "250", "10,15,20" or "ddim50"'
+        )
+    counts = [int(field) for field in fields]
+    if by_stride:
+        for step in range(1, timesteps + 1):
+            if len(range(0, timesteps, step)) == counts[0]:
+                return list(range(0, timesteps, step))
+        raise ValueError(
+            f"timesteps to keep: got {spec!r}, but no whole-number stride takes {counts[0]} of {timesteps} "
+            f'timesteps; "{counts[0]}" takes them evenly'
+        )
+    kept: list[int] = []
+    start = 0
+    size, longer = divmod(timesteps, len(counts))
+    for section, count in enumerate(counts):
+        length = size + (section < longer)
+        if count > length:
+            raise ValueError(
+                f"timesteps to keep: got {spec!r}, but section {section + 1} has only {length} timesteps"
+            )
+        stride = (length - 1) / (count - 1) if count > 1 else 0.0
+        # A running sum, not a product: it decides which way a half rounds, and published numbers have it so.
+        kept += [start + round(p) for p in accumulate(repeat(stride, count - 1), initial=0.0)]
+        start += length
+    return kept

@@ -1,0 +1,201 @@
+"""The U-Net of IDDPM. Its state_dict has the names and shapes of the published improved-diffusion models."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iddpm.config import GROUPS, UNetConfig
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Cosines, then sines, of t [N] at dim/2 frequencies falling geometrically from 1 to 1e-4: [N, dim].
+
+    t need not be whole. In float32, or t's dtype where that is wider.
+    """
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    exponent = torch.arange(dim // 2, dtype=dtype, device=t.device) / (dim // 2)
+    angles = t[:, None].to(dtype) * (-math.log(10000) * exponent).exp()
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm over 32 groups that computes in float32 at least, whatever the network runs in."""
+
+    def __init__(self, channels: int):
+        super().__init__(GROUPS, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        out = F.group_norm(x.to(dtype), self.num_groups, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+        return out.to(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the timestep's embedding between them, beside a skip connection."""
+
+    def __init__(self, channels: int, out_channels: int, emb_channels: int, config: UNetConfig):
+        super().__init__()
+        self.scale_shift_norm = config.scale_shift_norm
+        self.in_layers = nn.Sequential(
+            GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        emb_out = 2 * out_channels if config.scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels),
+            nn.SiLU(),
+            nn.Dropout(config.dropout),
+            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x)
+        emb = self.emb_layers(emb)[:, :, None, None].to(h.dtype)
+        if self.scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels of a feature map, with a residual connection."""
+
+    def __init__(self, channels: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        pixels = x.reshape(n, c, h * w)
+        qkv = self.qkv(self.norm(pixels))  # channels are [head, (q, k, v), channel of the head]
+        q, k, v = qkv.view(n, self.num_heads, 3, c // self.num_heads, h * w).transpose(3, 4).unbind(2)
+        out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, pixels, channels of the head]
+        out = self.proj_out(out.transpose(2, 3).reshape(n, c, h * w))
+        return (pixels + out).view(n, c, h, w)
+
+
+class Downsample(nn.Module):
+    """Halves the resolution by a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution: nearest neighbours, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Stage(nn.ModuleList):
+    """Layers in sequence; those that want it get the embedding as well."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Images [N, in_channels, S, S], timesteps [N], labels (int64 [N] or None) -> [N, out_channels, S, S].
+
+    Starts as the zero function. Images are cast to the dtype of the weights, the output is left in it.
+
+    ValueError from forward if labels are missing, or given to an unconditional model.
+    """
+
+    def __init__(self, config: UNetConfig, out_channels: int):
+        super().__init__()
+        self.config = config
+        channels, emb_channels = config.channels, 4 * config.channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        if config.num_classes is not None:
+            self.label_emb = nn.Embedding(config.num_classes, emb_channels)
+
+        size, width = config.image_size, channels
+        last_level = len(config.channel_mult) - 1
+        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
+        skips = [width]  # of the features that the way up takes from the way down
+        for level, mult in enumerate(config.channel_mult):
+            for _ in range(config.num_res_blocks):
+                stage: list[nn.Module] = [ResBlock(width, mult * channels, emb_channels, config)]
+                width = mult * channels
+                if size in config.attention_resolutions:
+                    stage.append(AttentionBlock(width, config.num_heads))
+                self.input_blocks.append(Stage(stage))
+                skips.append(width)
+            if level < last_level:
+                self.input_blocks.append(Stage([Downsample(width)]))
+                skips.append(width)
+                size //= 2
+
+        self.middle_block = Stage(
+            [
+                ResBlock(width, width, emb_channels, config),
+                AttentionBlock(width, config.num_heads),
+                ResBlock(width, width, emb_channels, config),
+            ]
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            for block in range(config.num_res_blocks + 1):
+                stage = [ResBlock(width + skips.pop(), mult * channels, emb_channels, config)]
+                width = mult * channels
+                if size in config.attention_resolutions:
+                    stage.append(AttentionBlock(width, config.num_heads_upsample or config.num_heads))
+                if level > 0 and block == config.num_res_blocks:
+                    stage.append(Upsample(width))
+                    size *= 2
+                self.output_blocks.append(Stage(stage))
+
+        self.out = nn.Sequential(
+            GroupNorm(width), nn.SiLU(), _zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
+        )
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if (y is None) != (self.config.num_classes is None):
+            got = "no labels" if y is None else "labels"
+            raise ValueError(f"y: got {got}, but model.num_classes is {self.config.num_classes}")
+        dtype = self.time_embed[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(t, self.config.channels).to(dtype))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+
+        h = x.to(dtype)
+        skips = []
+        for stage in self.input_blocks:
+            h = stage(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h)
+
+
+def _zeroed(module: nn.Module) -> nn.Module:
+    # The last layer of each branch, so that every block starts as the identity.
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module

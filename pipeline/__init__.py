@@ -1,0 +1,1 @@
+"""Everything with input and output: shards and their stream, storage, training, evaluation."""

@@ -1,0 +1,335 @@
+"""What a run is: frozen dataclasses, parsed from the command line by tyro.
+
+This module imports neither torch nor any client library, so that `--help` answers at once.
+Precedence: preset < YAML file (`--config`) < flags.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+import tyro
+import yaml
+
+from iddpm.config import DiffusionConfig, UNetConfig
+from pipeline.storage import StorageConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are streamed."""
+
+    url: str = "data/digits"
+    """Folder or URL (s3://bucket/prefix) of the shards that `python -m pipeline.prepare` wrote."""
+    window: int = 8
+    """Shards whose samples are mixed with each other: larger mixes better and caches more."""
+    random_flip: bool = False
+    """Mirror each image left-right with probability 1/2."""
+    workers: int = 1
+    """Threads that read and decode, per rank."""
+    cache_dir: str = "~/.cache/iddpm/shards"
+    """Node-local folder for shards read from a remote URL, shared by the ranks of a node."""
+    cache_gb: float = 50.0
+    """Upper bound of that cache, in GB (10^9 bytes)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "data", "window", "workers", "cache_gb")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the run's history goes. A local journal is always written as well."""
+
+    uri: str | None = None
+    """MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db. 'none' for the journal only."""
+    experiment: str = "iddpm"
+    """MLflow experiment."""
+    name: str | None = None
+    """Name of the run in MLflow; default: the last part of --out."""
+    flush_s: float = 30.0
+    """Longest wait, in seconds, for a slow tracking server when the run ends; the journal can be sent later."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How many processes, and who started them."""
+
+    launcher: Literal["auto", "local", "torchrun", "mpi", "slurm", "ray"] = "auto"
+    """Who starts the workers; 'auto' looks at the environment."""
+    workers: int | None = None
+    """Workers to start under Ray; default: one per GPU of the cluster, or one per CPU where there is no GPU."""
+    retries: int = 3
+    """Times that Ray restarts a failed worker group from the newest checkpoint."""
+    timeout_s: float = 300.0
+    """Seconds after which the others give up on a rank that died or hangs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; 'auto' takes a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "", "timeout_s", *(["workers"] if self.workers is not None else []))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. The defaults are the `digits` preset's."""
+
+    out: str = "runs/digits"
+    """Folder or URL for checkpoints and samples. The same command run again resumes what is there."""
+    horizon: str = "4000steps"
+    """When training ends: a number with its unit, `4000steps`, `1e6images` or `2.5e18flops` (forward and
+    backward FLOPs, 2 per multiply-accumulate)."""
+    seed: int = 0
+    """Seed of everything: weights, order of the data, timesteps, noise."""
+    batch_size: int = 128
+    """Images a step, over all ranks."""
+    microbatch: int | None = None
+    """Largest number of images in one forward pass on one rank; default: the rank's whole share of the batch."""
+    lr: float = 1e-4
+    """AdamW's learning rate."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    ema_rates: tuple[float, ...] = (0.9999,)
+    """Decay rates of the moving averages of the weights, one average each; the first draws the sample grids."""
+    timestep_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
+    """Distribution of the training timesteps; loss-second-moment is the importance sampler for L_vlb (IDDPM eq. 18)."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """Arithmetic of the network: bf16 is autocast over fp32 weights; fp64 is for testing."""
+    log_every: int = 50
+    """Steps between log lines."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_last: int = 3
+    """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Keep, besides, the checkpoints at multiples of this many steps."""
+    sample_every: int = 1000
+    """Steps between sample grids; 0 for none but the last."""
+    sample_count: int = 64
+    """Images in a sample grid."""
+    sample_steps: int = 100
+    """Steps of the strided ancestral chain that draws the grid."""
+    model: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        parse_horizon(self.horizon)
+        _positive(self, "", "batch_size", "lr", "log_every", "checkpoint_every", "keep_last", "sample_count")
+        _positive(self, "", *(name for name in ("microbatch", "keep_every") if getattr(self, name) is not None))
+        for name in ("weight_decay", "warmup_steps", "sample_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{_flag(name)}: got {getattr(self, name)}, expected 0 or more")
+        if not self.ema_rates or any(not 0 <= rate < 1 for rate in self.ema_rates):
+            raise ValueError(f"--ema-rates: got {self.ema_rates}, expected one or more rates in [0, 1)")
+        if len(set(self.ema_rates)) < len(self.ema_rates):
+            raise ValueError(f"--ema-rates: got {self.ema_rates}, expected each rate once")
+        if not 1 <= self.sample_steps <= self.diffusion.timesteps:
+            raise ValueError(
+                f"--sample-steps: got {self.sample_steps}, expected 1 to --diffusion.timesteps"
+                f" = {self.diffusion.timesteps}"
+            )
+
+
+def parse_horizon(text: str) -> tuple[float, str]:
+    """`"2.5e18flops"` -> (2.5e18, "flops"). Raises ValueError where it is not a number and a unit."""
+    for unit in ("steps", "images", "flops"):
+        if text.endswith(unit):
+            try:
+                amount = float(text.removesuffix(unit))
+            except ValueError:
+                break
+            if 0 < amount < math.inf:
+                return amount, unit
+    raise ValueError(
+        f"--horizon: got {text!r}, expected a positive number and its unit, as in 4000steps, 1e6images, 2.5e18flops"
+    )
+
+
+def horizon_steps(config: TrainConfig, train_flops_per_image: int) -> int:
+    """Steps until the horizon: the first step at which it is reached or passed."""
+    amount, unit = parse_horizon(config.horizon)
+    per_step = {
+        "steps": 1,
+        "images": config.batch_size,
+        "flops": config.batch_size * train_flops_per_image,
+    }[unit]
+    return math.ceil(amount / per_step)
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
+    """The command line's TrainConfig, and whether `--dry-run` was given.
+
+    Prints and exits with status 2 on a bad flag or value, as every argument parser does.
+    """
+    from pipeline.presets import PRESETS
+
+    argv = list(argv)
+    dry_run = "--dry-run" in argv
+    argv = [arg for arg in argv if arg != "--dry-run"]
+    preset = _take(argv, "--preset") or "digits"
+    file = _take(argv, "--config")
+    try:
+        if preset not in PRESETS:
+            raise ValueError(f"--preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
+        argv = (_file_flags(file) if file else []) + argv
+    except ValueError as error:
+        fail_usage(error)
+    return parse_flags(TrainConfig, argv, _description(preset, list(PRESETS)), PRESETS[preset]), dry_run
+
+
+def parse_flags(kind: type[T], argv: Sequence[str], description: str, default: T | None = None) -> T:
+    """Parse `argv` into the dataclass `kind`; a bad flag or value prints its message and exits with status 2."""
+    program = f"python -m {sys.modules['__main__'].__spec__.name}" if sys.modules["__main__"].__spec__ else None
+    try:
+        if default is None:
+            return tyro.cli(kind, args=list(argv), description=description, prog=program)
+        return tyro.cli(kind, args=list(argv), description=description, prog=program, default=default)
+    except ValueError as error:
+        fail_usage(error)
+
+
+def fail_usage(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _description(preset: str, presets: list[str]) -> str:
+    return (
+        "Train an Improved DDPM, on one machine or under torchrun, mpirun, srun or Ray.\n\n"
+        f"--preset NAME takes its defaults from one of: {', '.join(presets)} (shown below: {preset}). "
+        "--config FILE.yaml overrides them, and flags override both. "
+        "--dry-run prints the resolved run with its parameters, FLOPs and memory, and stops. "
+        "The same command run again resumes the run. "
+        "Exit status: 0 done, 75 interrupted by a signal and checkpointed (run again), 1 failed, 2 bad usage."
+    )
+
+
+def _take(argv: list[str], flag: str) -> str | None:
+    """Remove `flag VALUE` or `flag=VALUE` from argv and return the last VALUE."""
+    value = None
+    while (at := next((i for i, arg in enumerate(argv) if arg.split("=")[0] == flag), None)) is not None:
+        if "=" in argv[at]:
+            value = argv.pop(at).split("=", 1)[1]
+        elif at + 1 < len(argv):
+            value = argv.pop(at + 1)
+            argv.pop(at)
+        else:
+            fail_usage(ValueError(f"{flag}: expected a value after it"))
+    return value
+
+
+def _file_flags(path: str) -> list[str]:
+    """A YAML file as flags, so that one parser validates both."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: expected a mapping of fields to values, got {type(content).__name__}")
+    return [
+        word
+        for name, value in flatten(content).items()
+        for word in _as_flag(name.removeprefix("launch."), value)
+    ]
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        head, _, last = name.rpartition(".")
+        return [f"--{head + '.' if head else ''}{'' if value else 'no-'}{_flag(last)}"]
+    return [f"--{_flag(name)}", *(str(v) for v in (value if isinstance(value, list | tuple) else [value]))]
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _positive(config: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            flag = _flag(f"{prefix}.{name}" if prefix else name)
+            raise ValueError(f"--{flag}: got {value}, expected a positive number")
+
+
+# ----------------------------------------------------------------------------------- recorded runs
+
+# How and where a run is executed is not part of what it is: these may change when it resumes, and may hold
+# what must not be recorded.
+_UNRECORDED = ("storage", "launch", "tracking")
+_MAY_CHANGE = (
+    "out horizon microbatch log_every checkpoint_every keep_last keep_every sample_every sample_count"
+    " sample_steps data.url data.workers data.cache_dir data.cache_gb"
+).split()
+
+
+def record(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain data for checkpoints, the journal and MLflow: no endpoint, no credential."""
+    content = dataclasses.asdict(config)
+    return {
+        name: _plain(value) for name, value in content.items() if name not in _UNRECORDED
+    }
+
+
+def from_record(content: dict[str, Any]) -> TrainConfig:
+    """The configuration that `record` wrote. Raises ValueError where a field is unknown or invalid."""
+    return _build(TrainConfig, content, "")
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def check_same_run(recorded: dict[str, Any], config: TrainConfig) -> None:
+    """Raise ValueError, naming the fields, where `config` would not continue the recorded run."""
+    old, new = flatten(recorded), flatten(record(config))
+    changed = [
+        f"  --{_flag(name)}: the run has {old.get(name)}, got {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in _MAY_CHANGE
+    ]
+    if changed:
+        raise ValueError(
+            f"--out {config.out} holds a run with another configuration:\n" + "\n".join(changed)
+            + "\nGive the recorded values to resume it, or another --out to start a new run."
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _build(kind: Any, content: dict[str, Any], prefix: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(content.keys() - fields.keys()):
+        raise ValueError(f"recorded config: unknown field {prefix}{unknown[0]}; written by a newer version?")
+    values = {}
+    for name, value in content.items():
+        default = fields[name].default_factory if callable(fields[name].default_factory) else None
+        if isinstance(value, dict) and default is not None:
+            value = _build(default, value, f"{prefix}{name}.")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)

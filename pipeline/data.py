@@ -1,0 +1,666 @@
+"""Shards, their index, and the ordered stream of batches.
+
+A dataset split is a set of WebDataset tars `{split}-{i:05d}.tar` and one `{split}.index.json` beside them. A sample
+is two members, the image and `{key}.cls`, the label as text. The image is `{key}.npy` (uint8 [C, H, W]) or
+`{key}.png`; the webdataset package decodes both. The index knows where each sample lies and its checksum.
+
+The sequence of samples is a pure function of (seed, dataset, window): position p of the run is always the same
+sample, whatever the number of ranks and workers, the state of the cache, or how often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import queue
+import tarfile
+import tempfile
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from time import time_ns
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from pipeline.storage import StorageError, Store
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+Encoding = Literal["raw", "png"]
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    name: str
+    bytes: int
+    sha256: str
+    num_samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """What is known of a split without opening a shard. Sample ids are 0..num_samples-1 in the order of writing."""
+
+    split: str
+    source: str
+    recipe: str
+    """Hash of what the shards were made from and how."""
+    encoding: Encoding
+    shape: tuple[int, int, int]
+    """(C, H, W) of every image."""
+    class_names: tuple[str, ...]
+    digest: str
+    """32 hex digits of a hash of the whole index, and thereby of all images and labels."""
+    shards: tuple[Shard, ...]
+    starts: np.ndarray
+    """int64 [shards + 1]: id of each shard's first sample, and at the end the number of samples."""
+    offset: np.ndarray
+    size: np.ndarray
+    crc32: np.ndarray
+    label: np.ndarray
+    """int64 [num_samples] each: where the image's bytes lie in its shard, how many, their CRC-32, the class."""
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def shard_of(self, ids: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.starts, ids, side="right") - 1
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def pack_shard(samples: Iterable[tuple[str, np.ndarray, int]], encoding: Encoding) -> tuple[bytes, dict[str, Any]]:
+    """The bytes of a tar of (key, image uint8 [C, H, W], label) and its entry for the index.
+
+    The same samples give the same bytes.
+    """
+    out, table = io.BytesIO(), {"offset": [], "size": [], "crc32": [], "label": []}  # type: ignore[var-annotated]
+    suffix = {"raw": "npy", "png": "png"}[encoding]
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, image, label in samples:
+            data = _encode(image, encoding)
+            _add(tar, f"{key}.{suffix}", data)
+            table["offset"].append(out.tell() - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+            table["size"].append(len(data))
+            table["crc32"].append(zlib.crc32(data))
+            table["label"].append(int(label))
+            _add(tar, f"{key}.cls", str(int(label)).encode())
+    data = out.getvalue()
+    return data, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **table}
+
+
+def index_json(
+    entries: Sequence[dict[str, Any]],
+    *,
+    split: str,
+    source: str,
+    recipe: str,
+    encoding: Encoding,
+    shape: tuple[int, int, int],
+    class_names: Sequence[str],
+) -> bytes:
+    """The file `{split}.index.json`; `entries` are those of `pack_shard` with their "name"."""
+    content = {
+        "format": FORMAT,
+        "split": split,
+        "source": source,
+        "recipe": recipe,
+        "encoding": encoding,
+        "shape": list(shape),
+        "class_names": list(class_names),
+        "shards": list(entries),
+    }
+    return _canonical({**content, "digest": _digest(content)})
+
+
+def _encode(image: np.ndarray, encoding: Encoding) -> bytes:
+    assert image.dtype == np.uint8 and image.ndim == 3, (image.dtype, image.shape)
+    out = io.BytesIO()
+    if encoding == "raw":
+        np.lib.format.write_array(out, np.ascontiguousarray(image), version=(1, 0), allow_pickle=False)
+    else:
+        from PIL import Image
+
+        pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
+        Image.fromarray(np.ascontiguousarray(pixels)).save(out, "png", compress_level=6)
+    return out.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # mtime, owner: 0
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(_canonical(content)).hexdigest()[:32]
+
+
+# --- the index -------------------------------------------------------------------------------------------------
+
+
+def load_index(store: Store, split: str) -> ShardIndex:
+    """Read and check `{split}.index.json`; FileNotFoundError where there is none, StorageError where it is damaged."""
+    name = f"{split}.index.json"
+    try:
+        data = store.read(name)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no {split!r} dataset at {store}: {name} is missing; write one with python -m pipeline.prepare"
+        ) from None
+    return parse_index(data, f"{name} at {store}")
+
+
+def parse_index(data: bytes, where: str) -> ShardIndex:
+    try:
+        content = json.loads(data)
+        digest = content.pop("digest")
+        if content["format"] != FORMAT:
+            raise StorageError(f"{where} has format {content['format']}, this program reads {FORMAT}: prepare it anew")
+        if _digest(content) != digest:
+            raise ValueError("its digest does not match")
+        entries = content["shards"]
+        columns = {
+            name: np.concatenate([np.asarray(entry[name], np.int64) for entry in entries] or [np.empty(0, np.int64)])
+            for name in ("offset", "size", "crc32", "label")
+        }
+        counts = [len(entry["label"]) for entry in entries]
+        return ShardIndex(
+            split=content["split"],
+            source=content["source"],
+            recipe=content["recipe"],
+            encoding=content["encoding"],
+            shape=tuple(content["shape"]),
+            class_names=tuple(content["class_names"]),
+            digest=digest,
+            shards=tuple(
+                Shard(entry["name"], entry["bytes"], entry["sha256"], count)
+                for entry, count in zip(entries, counts, strict=True)
+            ),
+            starts=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+            **columns,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{where} is damaged ({error}): run the same pipeline.prepare command again") from error
+
+
+# --- order -----------------------------------------------------------------------------------------------------
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014), uint64 -> uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _hashes(values: np.ndarray, *key: int | str) -> np.ndarray:
+    """uint64 hash of each value under a key."""
+    start = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    return _mix(np.uint64(start) + (values.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def permutation(n: int, *key: int | str) -> np.ndarray:
+    """int64 [n]: a shuffle of 0..n-1 that depends on the key alone, not on any library's random numbers."""
+    return np.argsort(_hashes(np.arange(n), *key), kind="stable")
+
+
+class _Order:
+    """The endless sequence of sample ids: shards shuffled, `window` of them at a time, their samples shuffled."""
+
+    def __init__(self, index: ShardIndex, seed: int, window: int) -> None:
+        self.index, self.seed, self.window = index, seed, window
+        self.plan = functools.lru_cache(maxsize=3)(self._plan)
+        self.ids = functools.lru_cache(maxsize=3)(self._ids)
+
+    def _plan(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """The shards of each window and the positions in the epoch where the windows start."""
+        shards = permutation(len(self.index.shards), "shards", self.seed, epoch)
+        windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
+        counts = np.diff(self.index.starts)
+        return windows, np.cumsum([0] + [counts[w].sum() for w in windows])
+
+    def _ids(self, epoch: int, number: int) -> np.ndarray:
+        starts = self.index.starts
+        ids = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in self.plan(epoch)[0][number]])
+        return ids[permutation(len(ids), "samples", self.seed, epoch, number)]
+
+    def find(self, position: int) -> tuple[int, int, int]:
+        """(epoch, window, place in the window) of a position in the run."""
+        epoch, place = divmod(position, self.index.num_samples)
+        starts = self.plan(epoch)[1]
+        number = int(np.searchsorted(starts, place, side="right")) - 1
+        return epoch, number, place - int(starts[number])
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]: the sample ids at these positions of the run."""
+        parts = [np.empty(0, np.int64)]
+        while start < stop:
+            epoch, number, place = self.find(start)
+            parts.append(self.ids(epoch, number)[place : place + stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+    def shards_from(self, position: int) -> list[int]:
+        """The shards of the window at `position` and of the one after it."""
+        epoch, number, _ = self.find(position)
+        windows = self.plan(epoch)[0]
+        after = windows[number + 1] if number + 1 < len(windows) else self.plan(epoch + 1)[0][0]
+        return [int(s) for s in (*windows[number], *after)]
+
+
+def sample_order(index: ShardIndex, seed: int, epoch: int, window: int) -> np.ndarray:
+    """int64 [num_samples]: the ids of one epoch in the order in which the stream gives them."""
+    n = index.num_samples
+    return _Order(index, seed, window).slice(epoch * n, (epoch + 1) * n)
+
+
+def epoch_digests(index: ShardIndex, batch: Batch) -> dict[int, int]:
+    """For each epoch in a batch the sum of its samples' hashes, modulo 2^64, as a signed 64-bit number.
+
+    Summed over all batches of an epoch and over all ranks (int64 sums wrap) it must be `expected_digest`.
+    """
+    epochs, ids = batch.index.numpy() // index.num_samples, batch.ids.numpy()
+    return {int(e): _sum(ids[epochs == e], int(e)) for e in np.unique(epochs)}
+
+
+def expected_digest(index: ShardIndex, epoch: int) -> int:
+    """The digest of an epoch in which each sample was seen exactly once."""
+    return _sum(np.arange(index.num_samples), epoch)
+
+
+def _sum(ids: np.ndarray, epoch: int) -> int:
+    return int(_hashes(ids, "digest", epoch).sum(dtype=np.uint64).astype(np.int64))
+
+
+# --- opening shards --------------------------------------------------------------------------------------------
+
+
+class _File:
+    """A shard that is open for reading: closed with its last reference, readable even after it was evicted."""
+
+    def __init__(self, descriptor: int, where: str, evict: Path | None = None) -> None:
+        self.descriptor, self.where, self.evict = descriptor, where, evict
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+_verified: set[tuple[Any, ...]] = set()
+
+
+def _verify(file: _File, shard: Shard) -> bool:
+    """Whether the file has the shard's size and sha256; hashed once a process and file."""
+    status = os.fstat(file.descriptor)
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, shard.sha256)
+    if status.st_size != shard.bytes:
+        return False
+    if key not in _verified:
+        digest, offset = hashlib.sha256(), 0
+        while chunk := os.pread(file.descriptor, 1 << 20, offset):
+            digest.update(chunk)
+            offset += len(chunk)
+        if digest.hexdigest() != shard.sha256:
+            return False
+        _verified.add(key)
+    return True
+
+
+class Cache:
+    """Whole shards on a local disk, shared by all processes of a node, at most `max_bytes` of them.
+
+    Files are named by their sha256 and appear by rename, so that a process may die at any point. Each of 256 lock
+    files guards the shards whose hash starts with its number; lock files are never removed.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
+        self.directory, self.max_bytes = Path(directory).expanduser(), max_bytes
+        self.warned = False
+
+    def open(self, store: Store, shard: Shard) -> _File:
+        """The shard, from the cache, else from the store, in memory if this disk cannot hold it."""
+        path = self.directory / f"{shard.sha256}.tar"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if file := self._cached(path, shard):
+                return file
+            with self._lock(shard.sha256[:2]):
+                if file := self._cached(path, shard):  # another process has fetched it meanwhile
+                    return file
+                return self._fetch(store, shard, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+                raise
+            if not self.warned:
+                log.warning("the shard cache %s is bypassed, shards stay in memory: %s", self.directory, error)
+            self.warned = True
+        return _in_memory(store, shard)
+
+    def _cached(self, path: Path, shard: Shard) -> _File | None:
+        try:
+            file = _File(os.open(path, os.O_RDONLY), f"the cached copy {path} of {shard.name}", evict=path)
+        except FileNotFoundError:
+            return None
+        if not _verify(file, shard):
+            log.warning("%s is damaged: fetching it again", file.where)
+            path.unlink(missing_ok=True)
+            return None
+        with contextlib.suppress(OSError):  # the time of access is the order of eviction
+            os.utime(path, ns=(time_ns(), os.fstat(file.descriptor).st_mtime_ns))
+        return file
+
+    def _fetch(self, store: Store, shard: Shard, path: Path) -> _File:
+        temporary = path.with_name(f"{shard.sha256}.{shard.bytes}.tmp")
+        try:
+            with self._lock("evict"):
+                self._make_room(shard.bytes)
+                temporary.touch()
+            store.download(shard.name, temporary, shard.sha256)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        file = self._cached(path, shard)
+        if file is None:
+            raise StorageError(f"{path} changed while it was written: is the cache's disk sound?")
+        return file
+
+    def _make_room(self, incoming: int) -> None:
+        """Remove what dead processes left, then the shards used least recently, until `incoming` bytes fit."""
+        total, shards = incoming, []
+        for path in self.directory.iterdir():
+            if path.suffix == ".tmp":
+                with self._lock(path.name[:2], wait=False) as ours:
+                    if ours:  # nobody is writing it
+                        path.unlink(missing_ok=True)
+                    else:
+                        total += int(path.name.split(".")[1])
+            elif path.suffix == ".tar":
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    shards.append((status.st_atime_ns, status.st_size, path))
+                    total += status.st_size
+        for _, size, path in sorted(shards):
+            if total <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+    @contextlib.contextmanager
+    def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:
+        descriptor = os.open(self.directory / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(descriptor)
+
+
+def _in_memory(store: Store, shard: Shard) -> _File:
+    data = store.read(shard.name, shard.sha256)
+    memory = hasattr(os, "memfd_create")
+    descriptor = os.memfd_create(shard.sha256) if memory else os.dup(tempfile.TemporaryFile().fileno())
+    file = _File(descriptor, f"{shard.name} at {store}")
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    return file
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+class _Threads:
+    """A few daemon threads: unlike an executor's they never hold up the end of the process."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self.tasks: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self.threads = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(count)]
+        for thread in self.threads:
+            thread.start()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.tasks.put((future, function, arguments))
+        return future
+
+    def close(self) -> None:
+        """Cancel what has not begun; threads end when what they are at is done."""
+        with contextlib.suppress(queue.Empty):
+            while task := self.tasks.get_nowait():
+                task[0].cancel()
+        for _ in self.threads:
+            self.tasks.put(None)
+
+    def _work(self) -> None:
+        while task := self.tasks.get():
+            future, function, arguments = task
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:
+                    future.set_exception(error)
+            del task, future, function, arguments  # keep no shard open while waiting
+
+
+class Reader:
+    """Samples by id, every one checked against the index. Shards are opened ahead by threads of its own."""
+
+    def __init__(self, store: Store, index: ShardIndex, cache: Cache | None = None, threads: int = 2) -> None:
+        self.store, self.index, self.cache = store, index, cache
+        self.files: dict[int, Future[_File]] = {}
+        self.threads = _Threads(threads, "shards")
+
+    def open(self, shards: Iterable[int]) -> dict[int, Future[_File]]:
+        """Begin to open these shards, in this order, and let go of the others."""
+        self.files = {s: self.files.get(s) or self.threads.submit(self._open, s) for s in dict.fromkeys(shards)}
+        return self.files
+
+    def read(
+        self, ids: np.ndarray, files: dict[int, Future[_File]] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images uint8 [n, C, H, W] and labels int64 [n] of these samples, in this order."""
+        import torch
+
+        index, shards = self.index, self.index.shard_of(ids)
+        if files is None:
+            files = self.open(shards.tolist())
+        opened = {s: files[s].result() for s in np.unique(shards).tolist()}
+        images = np.empty((len(ids), *index.shape), np.uint8)
+        read_into = _read_raw if index.encoding == "raw" else _read_png
+        table = zip(*(column.tolist() for column in (shards, index.offset[ids], index.size[ids], index.crc32[ids])))
+        for image, (shard, offset, size, crc32) in zip(images, table, strict=True):
+            if read_into(opened[shard].descriptor, offset, size, image) != crc32:
+                raise self._damage(opened[shard], shard)
+        return torch.from_numpy(images), torch.from_numpy(index.label[ids])
+
+    def close(self) -> None:
+        self.threads.close()
+        self.files = {}
+
+    def _open(self, number: int) -> _File:
+        shard = self.index.shards[number]
+        if self.store.local is None:
+            return self.cache.open(self.store, shard) if self.cache else _in_memory(self.store, shard)
+        path = self.store.local / shard.name
+        try:
+            file = _File(os.open(path, os.O_RDONLY), str(path))
+        except FileNotFoundError:
+            raise StorageError(f"shard {path} is missing: {_REPAIR}") from None
+        if not _verify(file, shard):
+            raise self._damage(file, number)
+        return file
+
+    def _damage(self, file: _File, number: int) -> StorageError:
+        """The error that says what is wrong with a shard, down to the sample."""
+        index, shard = self.index, self.index.shards[number]
+        length = os.fstat(file.descriptor).st_size
+        what = "bytes between its samples differ"
+        for i in range(int(index.starts[number]), int(index.starts[number + 1])):
+            data = os.pread(file.descriptor, int(index.size[i]), int(index.offset[i]))
+            if zlib.crc32(data) != index.crc32[i]:
+                fault = "is cut off" if len(data) < index.size[i] else "does not match its checksum"
+                what = f"sample {i} (number {i - int(index.starts[number])} of {shard.num_samples} in it) {fault}"
+                break
+        length = os.fstat(file.descriptor).st_size
+        if length != shard.bytes:
+            what += f", the file has {length} bytes instead of {shard.bytes}"
+        if file.evict:
+            file.evict.unlink(missing_ok=True)
+            return StorageError(f"{file.where} is damaged: {what}; it was removed, the next run fetches it anew")
+        return StorageError(f"shard {file.where} is damaged: {what}; {_REPAIR}")
+
+
+_REPAIR = "run the same pipeline.prepare command again to write it anew (pipeline.prepare --verify lists all damage)"
+
+
+def _read_raw(descriptor: int, offset: int, size: int, image: np.ndarray) -> int:
+    """Read pixels straight into the batch, past the .npy header; the CRC of both."""
+    header, pixels = bytearray(size - image.nbytes), image.reshape(-1).data
+    os.preadv(descriptor, [header, pixels], offset)
+    return zlib.crc32(pixels, zlib.crc32(header))
+
+
+def _read_png(descriptor: int, offset: int, size: int, image: np.ndarray) -> int:
+    from PIL import Image
+
+    data = os.pread(descriptor, size, offset)
+    with contextlib.suppress(OSError, ValueError, SyntaxError):  # damage shows in the CRC
+        pixels = np.asarray(Image.open(io.BytesIO(data)))
+        image[:] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return zlib.crc32(data)
+
+
+def samples(
+    store: Store, index: ShardIndex, ids: Sequence[int] | np.ndarray, cache: Cache | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images uint8 [n, C, H, W] and labels int64 [n] of the given samples, in the given order.
+
+    For many calls over one remote dataset keep a `Reader`, or give a cache.
+    """
+    wanted = np.asarray(ids, np.int64).reshape(-1)
+    if wanted.size and not 0 <= wanted.min() <= wanted.max() < index.num_samples:
+        raise ValueError(f"ids: got {wanted.min()}..{wanted.max()}, expected 0..{index.num_samples - 1}")
+    reader = Reader(store, index, cache)
+    try:
+        return reader.read(wanted)
+    finally:
+        reader.close()
+
+
+# --- the stream ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's slice of a global batch."""
+
+    images: torch.Tensor
+    """uint8 [n, C, H, W]"""
+    labels: torch.Tensor
+    """int64 [n]"""
+    ids: torch.Tensor
+    """int64 [n]: which samples of the dataset."""
+    index: torch.Tensor
+    """int64 [n]: their positions in the run, counted from its beginning over all ranks."""
+
+
+def stream(
+    store: Store,
+    index: ShardIndex,
+    *,
+    seed: int,
+    position: int,
+    batch_size: int,
+    lo: int = 0,
+    hi: int | None = None,
+    window: int = 8,
+    workers: int = 2,
+    ahead: int = 4,
+    cache: Cache | None = None,
+) -> Iterator[Batch]:
+    """Rows lo..hi-1 of every global batch from `position` on, for ever.
+
+    `position` counts samples since the run began and `batch_size` those of the global batch, so the next position
+    is position + batch_size. Batches straddle epochs; nothing is padded, repeated or dropped. `window` shards are
+    shuffled together. `workers` threads read and decode, up to `ahead` batches in advance; the shards of the next
+    window are fetched meanwhile. Close the iterator to end the threads.
+    """
+    hi = batch_size if hi is None else hi
+    if not index.num_samples:
+        raise ValueError(f"the {index.split} dataset at {store} is empty")
+    for name, got, least in (("position", position, 0), ("batch_size", batch_size, 1), ("window", window, 1),
+                             ("workers", workers, 1), ("ahead", ahead, 1)):  # fmt: skip
+        if got < least:
+            raise ValueError(f"data.{name}: got {got}, expected at least {least}")
+    if not 0 <= lo <= hi <= batch_size:
+        raise ValueError(f"data slice: got {lo}..{hi}, expected 0 <= lo <= hi <= batch_size = {batch_size}")
+    need = sum(sorted(shard.bytes for shard in index.shards)[-2 * window :])
+    if cache and store.local is None and cache.max_bytes < need:
+        raise ValueError(
+            f"data cache: got {cache.max_bytes} bytes, expected at least {need}, two windows of {window} shards of "
+            f"{store}: raise the limit or shuffle fewer shards together"
+        )
+    return _stream(store, index, _Order(index, seed, window), position, batch_size, lo, hi, workers, ahead, cache)
+
+
+def _stream(
+    store: Store,
+    index: ShardIndex,
+    order: _Order,
+    position: int,
+    batch_size: int,
+    lo: int,
+    hi: int,
+    workers: int,
+    ahead: int,
+    cache: Cache | None,
+) -> Iterator[Batch]:
+    import torch
+
+    def load(ids: np.ndarray, first: int, files: dict[int, Future[_File]]) -> Batch:
+        images, labels = reader.read(ids, files)
+        return Batch(images, labels, torch.from_numpy(ids), torch.arange(first, first + len(ids)))
+
+    reader, decoders = Reader(store, index, cache), _Threads(workers, "decode")
+    pending: deque[Future[Batch]] = deque()
+    try:
+        while True:
+            while len(pending) < ahead:
+                ids = order.slice(position + lo, position + hi)
+                files = reader.open([*index.shard_of(ids).tolist(), *order.shards_from(position + hi)])
+                pending.append(decoders.submit(load, ids, position + lo, files))
+                position += batch_size
+            yield pending.popleft().result()
+    finally:
+        decoders.close()
+        reader.close()

@@ -1,0 +1,64 @@
+"""What this machine can do, and what a run needs of it."""
+
+import time
+
+import torch
+
+from iddpm.unet import UNet
+from pipeline.config import TrainConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of a large matrix product in this precision, measured here: the limit that utilisation refers to."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(n, n, dtype=DTYPES[precision], device=device)
+    best = 0.0
+    for _ in range(5):
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        _synchronize(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def memory_bytes(config: TrainConfig, share: int) -> dict[str, int]:
+    """Bytes that training needs on one rank, by purpose, for forward passes of `share` images. An estimate: without
+    the allocator's fragments, convolution workspaces and DDP's buckets.
+    """
+    with torch.device("meta"):
+        model = UNet(config.model, config.diffusion.out_channels(config.model.in_channels))
+        weights = sum(p.numel() for p in model.parameters()) * (8 if config.precision == "fp64" else 4)
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        image = torch.empty(1, config.model.in_channels, config.model.image_size, config.model.image_size)
+        label = torch.empty(1, dtype=torch.int64) if config.model.num_classes is not None else None
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(image, torch.empty(1), label)
+        for parameter in model.parameters():
+            sizes.pop(parameter.untyped_storage()._cdata, None)
+        del output
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "Adam": 2 * weights,
+        "EMA": len(config.ema_rates) * weights,
+        "activations": sum(sizes.values()) * share * {"bf16": 1, "fp32": 2, "fp64": 4}[config.precision] // 2,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

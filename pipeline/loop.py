@@ -1,0 +1,485 @@
+"""The training loop. `train` reads top to bottom: status, stop?, checkpoint, batch, step, EMA, log.
+
+What a step computes depends on each sample's position in the run (one integer), never on the rank or the microbatch
+that it fell to, so any number of workers trains the same run.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from iddpm.diffusion import Diffusion
+from iddpm.ema import EMA
+from iddpm.flops import train_flops
+from iddpm.noise import normal, stream_key, uniform
+from iddpm.timesteps import make_sampler
+from pipeline.checkpoint import Checkpoints, Parts, Record, Writer
+from pipeline.config import TrainConfig, check_same_run, horizon_steps, record
+from pipeline.data import Batch, Cache, ShardIndex, epoch_digests, expected_digest, load_index, stream
+from pipeline.hardware import DTYPES, device_name, peak_flops
+from pipeline.sample import autocast, build_model, draw, ema_part, grid_png, with_weights
+from pipeline.storage import Store
+from pipeline.tracking import Tracker, find_uid, journal_dir
+from pipeline.world import World
+
+INTERRUPTED = "interrupted.json"
+"""Written to the run when a signal stopped it: whoever started it decides by this whether to start it again."""
+QUARTILES = 4
+DIGEST_EVERY = 100  # steps between comparisons of the ranks' timestep samplers
+
+
+class NonFinite(ValueError):
+    """Training diverged; nothing was saved after the last good checkpoint."""
+
+
+class TrainState:
+    """All that changes while a run trains, and nothing else. `parts` is what a checkpoint holds."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.config = config
+        self.step = 0
+        self.epoch_digests: dict[int, int] = {}
+        """This rank's share of the digest of the sample ids that each epoch has consumed."""
+        self.diffusion = Diffusion(config.diffusion, device=world.device)
+        self.model = build_model(config).to(world.device)
+        self.params = dict(self.model.named_parameters())
+        # What is differentiated: DDP averages the gradients over the ranks.
+        self.network: nn.Module = self.model
+        if world.size > 1:
+            self.network = DistributedDataParallel(
+                self.model,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        self.ema = EMA(self.params, config.ema_rates)
+        self.optimizer = torch.optim.AdamW(
+            self.params.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        for p in self.params.values():  # made now, so that a checkpoint is the same before and after the first step
+            self.optimizer.state[p] = {
+                "step": torch.zeros((), device=world.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+        self.sampler = make_sampler(config.timestep_sampler, config.diffusion.timesteps, world.device)
+        self.metrics = Metrics(world.device)
+
+    @property
+    def images(self) -> int:
+        """Images seen: the position in the data."""
+        return self.step * self.config.batch_size
+
+    def parts(self) -> Parts:
+        """The live tensors of a checkpoint, by part and name."""
+        moments = {
+            f"{key}/{name}": tensor
+            for name, p in self.params.items()
+            for key, tensor in self.optimizer.state[p].items()
+        }
+        return {
+            "model": {name: p.detach() for name, p in self.params.items()},
+            "optimizer": moments,
+            "progress": self.sampler.state_dict() | {"metrics": self.metrics.table},
+            **{ema_part(rate): self.ema.weights(rate) for rate in self.config.ema_rates},
+        }
+
+    @torch.no_grad()
+    def load(self, step: int, parts: Parts | None, world: World) -> None:
+        """Take over a checkpoint that rank 0 has read; the other ranks get it from there."""
+        self.step = step
+        own = self.parts()
+        for part, tensors in own.items():
+            for name, tensor in tensors.items():
+                if parts is not None:
+                    tensor.copy_(parts[part][name])
+            world.broadcast_(tensors.values())
+        progress = {name: tensor for name, tensor in own["progress"].items() if name != "metrics"}
+        self.sampler.load_state_dict(progress)
+        if world.rank != 0:
+            self.metrics.reset()  # its sum over the ranks is what rank 0 has
+
+
+class Metrics:
+    """Sums since the last log line, on the device, so that adding to them never waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        # A row for each quartile of the timesteps (count, sum of w, wL, w mse, w vb), and one for the steps
+        # (count, sum of gradient norms).
+        self.table = torch.zeros(QUARTILES + 1, 5, dtype=torch.float64, device=device)
+        self.bad_step = torch.full((), torch.iinfo(torch.int64).max, device=device)
+
+    def reset(self) -> None:
+        self.table.zero_()
+
+    def add(self, quartile: Tensor, weights: Tensor, losses: list[Tensor | None]) -> None:
+        """Per-example tensors [n]: quartile in 0..3, importance weights, and loss, mse, vb."""
+        ones = torch.ones_like(weights, dtype=torch.float64)
+        columns = [ones, weights.double()]
+        columns += [ones * 0 if x is None else (weights * x.detach()).double() for x in losses]
+        member = (quartile == torch.arange(QUARTILES, device=quartile.device)[:, None]).double()
+        self.table[:QUARTILES] += member @ torch.stack(columns, dim=1)
+
+    def add_step(self, step: int, grad_norm: Tensor) -> None:
+        self.table[QUARTILES, 0] += 1
+        self.table[QUARTILES, 1] += grad_norm.double()
+        finite = grad_norm.isfinite() & self.table.isfinite().all()
+        self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=step))
+
+    def check_finite(self, world: World) -> None:
+        """Raise NonFinite, on every rank, where the loss or the gradient of a step was not finite. Waits for the device."""
+        step = -int(max(world.gather(-int(self.bad_step))))
+        if step < torch.iinfo(torch.int64).max:
+            raise NonFinite(
+                f"step {step}: the loss or the gradient is not finite, so training stopped; the last good checkpoint is"
+                " kept. A smaller --lr, --warmup-steps or --precision fp32 are what usually helps."
+            )
+
+    def read(self, world: World) -> dict[str, float]:
+        """The means over all ranks since the last reading. Waits for the device."""
+        *quartiles, steps = world.sum_(self.table.clone()).tolist()
+        self.reset()
+        names = ("loss", "mse", "vb")
+        count = sum(row[0] for row in quartiles)
+        means = {f"train/{name}": sum(row[2 + i] for row in quartiles) / count for i, name in enumerate(names)}
+        for q, row in enumerate(quartiles):
+            if row[0]:
+                means |= {f"train/{name}_q{q}": row[2 + i] / row[1] for i, name in enumerate(names)}
+        means["train/grad_norm"] = steps[1] / steps[0]
+        return means
+
+
+# ---------------------------------------------------------------------------------------- one step
+
+
+def train_step(state: TrainState, batch: Batch, world: World) -> None:
+    """Advance the state by one step on this rank's share of a global batch. Never waits for the device."""
+    config = state.config
+    n = config.batch_size
+    state.optimizer.zero_grad(set_to_none=True)
+
+    # Every rank draws the timesteps of the whole batch, so that only losses need to travel.
+    key = stream_key(config.seed, "t")
+    everywhere = torch.arange(state.images, state.images + n, device=world.device)
+    all_t, all_weights = state.sampler.sample(uniform(key, everywhere))
+    share = slice(*world.share(n))
+    index, t, weights = everywhere[share], all_t[share], all_weights[share]
+    if config.model.dropout:
+        torch.manual_seed(stream_key(config.seed, "dropout", state.step, world.rank))
+
+    x, y = to_device(batch, index, config, world.device)
+    size = config.microbatch or len(x)
+    cuts = [slice(start, start + size) for start in range(0, len(x), size)]
+    seen: list[Tensor] = []
+    for cut in cuts:
+        last = cut is cuts[-1]
+        noise = normal(stream_key(config.seed, "noise"), index[cut], x.shape[1:]).to(x.dtype)
+        hold = nullcontext() if last or world.size == 1 else state.network.no_sync()  # type: ignore[operator]
+        with hold:
+            with autocast(world.device, config.precision):
+                losses = state.diffusion.training_losses(
+                    state.network, x[cut], t[cut], noise, y if y is None else y[cut]
+                )
+            seen.append(losses.loss.detach())
+            quartile = t[cut] * QUARTILES // config.diffusion.timesteps
+            state.metrics.add(quartile, weights[cut], list(losses))
+            if last and state.sampler.needs_losses:  # under way while backward computes
+                gather = world.start_gather(torch.cat(seen), n)
+            # DDP takes the mean over the ranks: undo its division, so that uneven shares weigh alike.
+            (losses.loss * weights[cut]).sum().mul(world.size / n).backward()
+
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in state.params.values() if p.grad is not None])
+    state.step += 1
+    state.metrics.add_step(state.step, grad_norm)
+    state.optimizer.step()
+    if state.sampler.needs_losses:
+        state.sampler.update(all_t, gather.wait())
+
+
+def to_device(
+    batch: Batch, index: Tensor, config: TrainConfig, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Images as [-1, 1] on the device, flipped where chance wants it, and labels where the model takes them."""
+    images = batch.images.pin_memory() if device.type == "cuda" else batch.images
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    x = images.to(device, non_blocking=True).to(dtype) / 127.5 - 1
+    if config.data.random_flip:
+        flip = uniform(stream_key(config.seed, "flip"), index) < 0.5
+        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+    if config.model.num_classes is None:
+        return x, None
+    return x, batch.labels.to(device, non_blocking=True)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of the step after `step` steps."""
+    return config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
+
+
+# ------------------------------------------------------------------------------------------- a run
+
+
+def train(config: TrainConfig, world: World) -> str:
+    """Train until the horizon or a signal: "finished" or "interrupted". Resumes what is at `config.out`.
+
+    Raises ValueError for what the user can mend, StorageError, NonFinite, StaleAttempt.
+    """
+    run = Store(config.out, config.storage)
+    index, found = _open(config, run, world)
+    state = TrainState(config, world)
+    meta: dict[str, Any] = world.broadcast_object(found[0].meta | {"step": found[0].step} if found else {})
+    if meta:
+        state.load(meta["step"], found[1] if found else None, world)
+        if world.rank == 0:
+            state.epoch_digests = {int(epoch): digest for epoch, digest in meta["epoch_digests"].items()}
+    per_image = train_flops(config.model, config.diffusion.out_channels(config.model.in_channels))
+    steps = horizon_steps(config, per_image)
+    world.say(
+        f"{config.out}: {'resuming at' if meta else 'starting, to'} step {state.step if meta else steps}"
+        f"{f' of {steps}' if meta else ''}; launcher {world.launcher}, {world.size} x {device_name(world.device)}"
+    )
+    if state.step >= steps:
+        world.say(f"already complete at step {state.step}; a longer --horizon continues it")
+        return "finished"
+
+    with _recording(config, run, index, meta, world) as (tracker, writer):
+        peak = sum(world.gather(peak_flops(world.device, config.precision)))
+        clock = Clock(state.images, per_image, peak)
+        bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if world.rank == 0 else True)
+        lo, hi = world.share(config.batch_size)
+        batches = stream(
+            Store(config.data.url, config.storage),
+            index,
+            seed=config.seed,
+            position=state.images,
+            batch_size=config.batch_size,
+            lo=lo,
+            hi=hi,
+            window=config.data.window,
+            workers=config.data.workers,
+            cache=Cache(config.data.cache_dir, int(config.data.cache_gb * 1e9)),
+        )
+
+        with closing(bar), closing(batches):
+            while state.step < steps:
+                world.step = state.step
+                if world.stop_agreed():
+                    _checkpoint(state, writer, tracker, index, world)
+                    if writer and tracker:
+                        writer.wait()
+                        run.write(INTERRUPTED, json.dumps({"step": state.step}).encode())
+                        tracker.close("KILLED")
+                    world.say(f"interrupted at step {state.step}, checkpointed; the same command resumes")
+                    return "interrupted"
+
+                batch = next(batches)
+                train_step(state, batch, world)
+                state.ema.update(state.params)
+                for epoch, digest in epoch_digests(index, batch).items():
+                    state.epoch_digests[epoch] = state.epoch_digests.get(epoch, 0) + digest
+                bar.update()
+
+                if state.step % DIGEST_EVERY == 0 and state.sampler.needs_losses:
+                    digests = world.gather(int(state.sampler.digest()))
+                    assert len(set(digests)) == 1, f"step {state.step}: the timestep samplers differ: {digests}"
+                if state.step % config.log_every == 0 or state.step == steps:
+                    state.metrics.check_finite(world)
+                    values = state.metrics.read(world) | clock.read(state)
+                    if tracker:
+                        tracker.log(state.step, values)
+                        _show(bar, state.step, steps, values)
+                if state.step == steps or config.sample_every and state.step % config.sample_every == 0:
+                    with clock.stopped():
+                        _draw_grid(state, run, tracker, world)
+                if state.step == steps or state.step % config.checkpoint_every == 0:
+                    with clock.stopped():
+                        _checkpoint(state, writer, tracker, index, world)
+        if writer and tracker:
+            writer.wait()
+            run.delete(INTERRUPTED)
+            tracker.close("FINISHED")
+    world.say(f"finished at step {state.step}: {config.out}")
+    return "finished"
+
+
+def _open(config: TrainConfig, run: Store, world: World) -> tuple[ShardIndex, tuple[Record, Parts] | None]:
+    """The dataset and, on rank 0, the newest checkpoint; refuses what does not fit together."""
+    data = Store(config.data.url, config.storage)
+    index = load_index(data, "train")
+    model = config.model
+    if index.shape != (model.in_channels, model.image_size, model.image_size):
+        raise ValueError(
+            f"--data.url {config.data.url}: its images are {index.shape} (channels, height, width), expected"
+            f" {(model.in_channels, model.image_size, model.image_size)} by --model.in-channels and --model.image-size"
+        )
+    if model.num_classes is not None and model.num_classes < index.num_classes:
+        raise ValueError(
+            f"--model.num-classes: got {model.num_classes}, expected at least the {index.num_classes} of the data"
+        )
+    if config.batch_size < world.size:
+        raise ValueError(f"--batch-size: got {config.batch_size}, expected at least one image for {world.size} ranks")
+    if world.rank != 0:
+        return index, None
+    run.check(write=True)
+    found = Checkpoints(run).newest()
+    if found:
+        check_same_run(found[0].meta["config"], config)
+        if found[0].meta["dataset_digest"] != index.digest:
+            raise ValueError(
+                f"--data.url {config.data.url}: not the data that the run at {config.out} was trained on (digest"
+                f" {index.digest}, expected {found[0].meta['dataset_digest']})"
+            )
+    return index, found
+
+
+@contextmanager
+def _recording(
+    config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any], world: World
+) -> Iterator[tuple[Tracker | None, Writer | None]]:
+    """Rank 0's tracker and checkpoint writer, closed however training ends; the other ranks have none."""
+    if world.rank != 0:
+        yield None, None
+        return
+    folder = journal_dir(config.out)
+    tracker = Tracker(
+        folder,
+        config.tracking,
+        uid=meta.get("uid") or find_uid(folder, record(config)),
+        name=config.tracking.name or config.out.rstrip("/").rsplit("/", 1)[-1],
+        run_config=record(config),
+        dataset={"url": config.data.url, "name": index.source, "digest": index.digest},
+    )
+    writer = Checkpoints(run).claim({"launcher": world.launcher, "world_size": world.size})
+    tracker.tags(
+        {
+            "attempt": str(writer.sequence),
+            "launcher": world.launcher,
+            "world_size": str(world.size),
+            "device": device_name(world.device),
+            "checkpoints": config.out,
+        }
+    )
+    try:
+        yield tracker, writer
+        writer.close()
+    except BaseException:
+        tracker.close("FAILED")
+        raise
+
+
+def _checkpoint(
+    state: TrainState, writer: Writer | None, tracker: Tracker | None, index: ShardIndex, world: World
+) -> None:
+    """Save the state, which must be finite, and check that the finished epochs had each sample once."""
+    state.metrics.check_finite(world)
+    # Rank 0 takes over what the others have summed up: sums since the last log line, and digests.
+    world.sum_(state.metrics.table)
+    shares = world.gather(state.epoch_digests)
+    if not (writer and tracker):
+        state.metrics.reset()
+        state.epoch_digests = {}
+        return
+    config = state.config
+    epochs = sorted({epoch for share in shares for epoch in share})
+    state.epoch_digests = {epoch: _int64(sum(share.get(epoch, 0) for share in shares)) for epoch in epochs}
+    for epoch in [e for e in epochs if (e + 1) * index.num_samples <= state.images]:
+        digest = state.epoch_digests.pop(epoch)
+        expected = expected_digest(index, epoch)
+        assert digest == expected, f"epoch {epoch} did not have each sample once: digest {digest}, not {expected}"
+        tracker.epoch(epoch, digest)
+    meta = {
+        "images": state.images,
+        "config": record(config),
+        "uid": tracker.uid,
+        "dataset_digest": index.digest,
+        "epoch_digests": state.epoch_digests,
+        "mlflow_run_id": tracker.shipper.run_id if tracker.shipper else None,
+        "world_size": world.size,
+        "torch": torch.__version__,
+    }
+    writer.save(state.step, state.parts(), meta, config.keep_last, config.keep_every)
+
+
+def _int64(value: int) -> int:
+    """As a sum of int64 would wrap around."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: World) -> None:
+    """A grid of samples by the first moving average."""
+    config = state.config
+    state.model.eval()
+    with autocast(world.device, config.precision):
+        images = draw(
+            with_weights(state.model, state.ema.weights(config.ema_rates[0])),
+            config.diffusion,
+            (config.model.in_channels, config.model.image_size, config.model.image_size),
+            count=config.sample_count,
+            steps=config.sample_steps,
+            seed=config.seed,
+            world=world,
+            num_classes=config.model.num_classes,
+            dtype=torch.float64 if config.precision == "fp64" else torch.float32,
+        )
+    state.model.train()
+    if tracker and images is not None:
+        png = grid_png(images)
+        path = tracker.image(state.step, "samples", png)
+        if run.local is None:
+            run.write(f"samples/{path.name}", png)
+
+
+class Clock:
+    """Throughput since the last reading, leaving out what is not training."""
+
+    def __init__(self, images: int, flops_per_image: int, peak: float) -> None:
+        self.images, self.flops_per_image, self.peak = images, flops_per_image, peak
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - began
+
+    def read(self, state: TrainState) -> dict[str, float]:
+        now = time.perf_counter()
+        rate = (state.images - self.images) / (now - self.start)
+        self.start, self.images = now, state.images
+        flops = state.images * self.flops_per_image
+        return {
+            "train/lr": learning_rate(state.config, state.step - 1),
+            "train/images": float(state.images),
+            "train/images_per_second": rate,
+            "compute/train_flops": float(flops),
+            "compute/log10_train_flops": torch.tensor(float(flops), dtype=torch.float64).log10().item(),
+            "compute/utilization": rate * self.flops_per_image / self.peak,
+        }
+
+
+def _show(bar: Any, step: int, steps: int, values: dict[str, float]) -> None:
+    """The bar's postfix in a terminal, a plain line in a log file."""
+    shown = {
+        "loss": f"{values['train/loss']:.4f}",
+        "mse": f"{values['train/mse']:.4f}",
+        "vb": f"{values['train/vb']:.4f}",
+        "grad": f"{values['train/grad_norm']:.3f}",
+        "img/s": f"{values['train/images_per_second']:.0f}",
+        "util": f"{values['compute/utilization']:.1%}",
+    }
+    if bar.disable:
+        print(f"step {step}/{steps} " + " ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+    else:
+        bar.set_postfix(shown)
+
+
+__all__ = ["DTYPES", "INTERRUPTED", "NonFinite", "TrainState", "train", "train_step"]

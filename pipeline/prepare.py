@@ -1,0 +1,473 @@
+"""Write a dataset as shards: `python -m pipeline.prepare digits|imagenet64|folder`, or check one: `--verify URL`.
+
+Images are shuffled over the whole split by a hash of the seed, so the same source, seed and options give the same
+bytes. A run that was interrupted is continued by the same command: finished shards whose hash verifies are kept.
+The index is written last, so a dataset without one is not finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from pipeline.data import Encoding, ShardIndex, index_json, load_index, pack_shard, parse_index, permutation
+from pipeline.storage import StorageConfig, Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    out: str
+    """Where to write: a directory or any fsspec URL, e.g. s3://bucket/digits."""
+    seed: int = 0
+    """Seed of the order in which images are written."""
+    encoding: Encoding = "raw"
+    """raw: decoded pixels, read several times faster; png: smaller, for larger images."""
+    shard_size: int = 4096
+    """Images in a shard; 4096 raw images of 64x64 are 58 MB."""
+    workers: int = min(4, os.cpu_count() or 1)
+    """Threads, each with one shard in memory."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("shard_size", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits(Output):
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, 10 classes: about 80 % train, the rest val."""
+
+    shard_size: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNet64(Output):
+    """The official downsampled ImageNet 64x64: train_data_batch_1.npz to _10.npz and val_data.npz.
+
+    Takes a few hundred MB of memory. Compressed batches are unpacked into a scratch directory first (16 GB).
+    """
+
+    source: Path
+    """Directory with the 11 .npz files."""
+    scratch: Path | None = None
+    """Where to unpack compressed batches; default: the system's temporary directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder(Output):
+    """A tree of PNG and JPEG files; the first level of subfolders are the classes, if there are any.
+
+    Images are turned as their EXIF data says, alpha is flattened on white, the short side is reduced to the wanted
+    size (by halves with a box filter, then bicubic) and the centre cut out. Unreadable files are left out, by name.
+    """
+
+    source: Path
+    """Directory of images."""
+    size: int
+    """Height and width to write, in pixels."""
+    grey: bool = False
+    """One channel instead of RGB."""
+    val_fraction: float = 0.05
+    """Fraction of the images that become the val split; 0: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size < 1:
+            raise ValueError(f"size: got {self.size}, expected pixels, at least 1")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction: got {self.val_fraction}, expected 0 <= fraction < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Read a dataset back, check every hash and print its card; also spelt --verify URL."""
+
+    url: tyro.conf.Positional[str]
+    """The dataset's directory or URL."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+
+class Unreadable(Exception):
+    """A source image that cannot be read: left out, and named at the end."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images to write: their labels, and a function that loads one as uint8 [C, H, W], from any thread."""
+
+    name: str
+    source: str
+    fingerprint: str
+    """Tells this source from another one."""
+    shape: tuple[int, int, int]
+    class_names: Sequence[str]
+    labels: np.ndarray
+    load: Callable[[int], np.ndarray]
+
+
+# --- sources ---------------------------------------------------------------------------------------------------
+
+
+def digits() -> list[Split]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.round(bunch.images[:, None] * (255 / 16)).astype(np.uint8)  # levels 0..16
+    order = permutation(len(images), "digits split")
+    cut = round(0.8 * len(images))
+
+    def split(name: str, chosen: np.ndarray) -> Split:
+        content = hashlib.sha256(images[chosen].tobytes()).hexdigest()
+        names = [str(n) for n in bunch.target_names]
+        source = "scikit-learn digits (UCI optical recognition of handwritten digits, test part)"
+        labels = bunch.target[chosen]
+        return Split(name, source, content, (1, 8, 8), names, labels, lambda i: images[chosen[i]])
+
+    return [split("train", order[:cut]), split("val", order[cut:])]
+
+
+def imagenet64(source: Path, scratch: Path) -> list[Split]:
+    files = {"train": [source / f"train_data_batch_{i}.npz" for i in range(1, 11)], "val": [source / "val_data.npz"]}
+    missing = [path.name for paths in files.values() for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"source: {source} lacks {', '.join(missing)}; expected the 11 files of ImageNet 64x64 (npz)")
+    return [_npz_split(name, paths, scratch) for name, paths in files.items()]
+
+
+def _npz_split(name: str, paths: Sequence[Path], scratch: Path) -> Split:
+    labels, pixels = [], []
+    for path in tqdm(paths, f"{name}: reading", unit="file", **_BAR):
+        with _naming(path), np.load(path, allow_pickle=False) as archive:
+            if not {"data", "labels"} <= set(archive.files):
+                raise ValueError(f"has {', '.join(archive.files)}, expected data and labels")
+            labels.append(np.asarray(archive["labels"]).reshape(-1))
+            if not np.issubdtype(labels[-1].dtype, np.integer) or np.any((labels[-1] < 1) | (labels[-1] > 1000)):
+                raise ValueError("labels: expected whole numbers from 1 to 1000")
+            pixels.append(_map_array(path, "data.npy", scratch))
+            if pixels[-1].shape != (len(labels[-1]), 3 * 64 * 64) or pixels[-1].dtype != np.uint8:
+                got = f"{pixels[-1].dtype} {list(pixels[-1].shape)}"
+                raise ValueError(f"data: got {got}, expected uint8 [{len(labels[-1])}, 12288]")
+    starts = np.cumsum([0] + [len(part) for part in labels])
+
+    def load(i: int) -> np.ndarray:
+        part = int(np.searchsorted(starts, i, side="right")) - 1
+        return np.asarray(pixels[part][i - starts[part]]).reshape(3, 64, 64)  # planes R, G, B
+
+    classes = np.concatenate(labels).astype(np.int64) - 1
+    content = hashlib.sha256(classes.tobytes() + repr([path.stat().st_size for path in paths]).encode()).hexdigest()
+    names = [str(number) for number in range(1, 1001)]
+    return Split(name, "ImageNet 64x64, official npz, box filter", content, (3, 64, 64), names, classes, load)
+
+
+def _map_array(path: Path, member: str, scratch: Path) -> np.ndarray:
+    """An array of an .npz as a file mapping, unpacked into `scratch` if compressed; its CRC is checked."""
+    with zipfile.ZipFile(path) as archive, archive.open(member) as packed:
+        version = np.lib.format.read_magic(packed)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(packed)
+        if dtype.hasobject or fortran:
+            raise ValueError(f"{member}: got Python objects or Fortran order, expected a plain array")
+        info, start, target = archive.getinfo(member), packed.tell(), path
+        if info.compress_type == zipfile.ZIP_STORED:
+            while packed.read(1 << 20):
+                pass
+            with open(path, "rb") as file:  # behind the member's local header
+                file.seek(info.header_offset + 26)
+                start += info.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
+        else:
+            free = shutil.disk_usage(scratch).free
+            if free < info.file_size:
+                raise ValueError(f"needs {info.file_size:,} bytes in {scratch}, {free:,} are free: give --scratch")
+            start, target = 0, scratch / f"{path.stem}.raw"
+            with open(target, "wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
+    return np.memmap(target, dtype, "r", start, shape)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def folder(source: Path, size: int, grey: bool, val_fraction: float) -> list[Split]:
+    if not source.is_dir():
+        raise ValueError(f"source: {source} is not a directory")
+    files = sorted(_images(source))
+    if not files:
+        raise ValueError(f"source: {source} holds no .png, .jpg or .jpeg file")
+    class_names = sorted({path.split("/")[0] for path in files if "/" in path})
+    loose = [path for path in files if "/" not in path]
+    if class_names and loose:
+        raise ValueError(
+            f"source: {source} holds both class folders ({class_names[0]}…) and {len(loose)} images of no class "
+            f"({loose[0]}…): move those into a folder, or away"
+        )
+    numbers = {name: i for i, name in enumerate(class_names)}
+    order = permutation(len(files), "folder split")
+    cut = round(val_fraction * len(files))
+
+    def split(name: str, chosen: np.ndarray) -> Split:
+        paths = [files[i] for i in np.sort(chosen)]
+        sizes = [(path, (source / path).stat().st_size) for path in paths]
+        labels = np.array([numbers.get(path.split("/")[0], 0) for path in paths], np.int64)
+        return Split(
+            name,
+            f"folder {source.resolve().name}, centre crop, box and bicubic reduction to {size}x{size}",
+            hashlib.sha256(repr(sizes).encode()).hexdigest(),
+            (1 if grey else 3, size, size),
+            class_names,
+            labels,
+            lambda i: load_image(source / paths[i], size, grey),
+        )
+
+    return [split("train", order[cut:]), *([split("val", order[:cut])] if cut else [])]
+
+
+def _images(source: Path) -> Iterator[str]:
+    """Paths below `source` of its image files, links followed."""
+    seen = set()
+    for directory, folders, names in os.walk(source, followlinks=True):
+        status = os.stat(directory)
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for name in names:
+            if not name.startswith(".") and name.lower().endswith((".png", ".jpg", ".jpeg")):
+                yield (Path(directory) / name).relative_to(source).as_posix()
+
+
+def load_image(path: Path, size: int, grey: bool = False) -> np.ndarray:
+    """uint8 [3 or 1, size, size]; `Unreadable` where the file is no whole image."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            image: Image.Image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16 bits a pixel
+                image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            image = image.convert("L" if grey else "RGB")
+    except Exception as error:  # Pillow raises nearly anything on broken files
+        raise Unreadable(f"{path}: {error}") from error
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    return pixels[None] if grey else pixels.transpose(2, 0, 1)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def write_split(store: Store, split: Split, options: Output) -> tuple[ShardIndex, list[str]]:
+    """Write the shards that are not there yet, then the index; returns it and the files that were left out."""
+    settings = [split.fingerprint, options.seed, options.encoding, options.shard_size, split.shape, *split.class_names]
+    recipe = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+    index_name, partial = f"{split.name}.index.json", f"partial/{split.name}-"
+    finished, order = _finished(store, index_name, partial, recipe), permutation(len(split.labels), "write", options.seed)
+
+    def write(number: int) -> dict[str, Any]:
+        name = f"{split.name}-{number:05d}.tar"
+        chosen = order[number * options.shard_size : (number + 1) * options.shard_size]
+        entry = finished.get(name)
+        if entry is None or not _intact(store, entry):
+            skipped: list[str] = []
+            data, entry = pack_shard(_load(split, chosen, number * options.shard_size, skipped, bar), options.encoding)
+            entry |= {"name": name}
+            if entry["label"]:
+                store.write(name, data)
+            report = {"recipe": recipe, "entry": entry, "skipped": skipped}
+            store.write(f"{partial}{number:05d}.json", json.dumps(report).encode())
+            unreadable.extend(skipped)
+        else:
+            bar.update(len(chosen))
+        return entry
+
+    unreadable: list[str] = [name for entry in finished.values() for name in entry.pop("skipped")]
+    pool = ThreadPoolExecutor(options.workers)
+    with tqdm(total=len(order), desc=split.name, unit="image", **_BAR) as bar:
+        try:
+            entries = list(pool.map(write, range(-(-len(order) // options.shard_size))))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    entries = [entry for entry in entries if entry["label"]]
+    if not entries:
+        raise ValueError(f"none of the {len(order)} images could be read: {'; '.join(sorted(unreadable)[:3])}")
+    index = index_json(
+        entries,
+        split=split.name,
+        source=split.source,
+        recipe=recipe,
+        encoding=options.encoding,
+        shape=split.shape,
+        class_names=split.class_names,
+    )
+    store.write(index_name, index)
+    for name in store.list(partial):
+        store.delete(name)
+    return parse_index(index, index_name), sorted(unreadable)
+
+
+def _load(
+    split: Split, chosen: np.ndarray, first: int, skipped: list[str], bar: tqdm[Any]
+) -> Iterator[tuple[str, np.ndarray, int]]:
+    for place, i in enumerate(chosen.tolist(), first):
+        try:
+            yield f"{place:09d}", split.load(i), int(split.labels[i])
+        except Unreadable as error:
+            skipped.append(str(error))
+        bar.update()
+
+
+def _finished(store: Store, index_name: str, partial: str, recipe: str) -> dict[str, dict[str, Any]]:
+    """The entries of shards that an earlier run wrote, by name; ValueError if it was of another dataset."""
+    if store.exists(index_name):
+        content = json.loads(store.read(index_name))
+        found = [(content["recipe"], {**entry, "skipped": []}) for entry in content["shards"]]
+    else:
+        reports = [json.loads(store.read(name)) for name in store.list(partial)]
+        found = [(report["recipe"], {**report["entry"], "skipped": report["skipped"]}) for report in reports]
+    if any(other != recipe for other, _ in found):
+        raise ValueError(
+            f"out: {store} already holds {'a' if store.exists(index_name) else 'a part of a'} dataset of another source "
+            "or other options; choose another --out, or delete that one"
+        )
+    return {entry["name"]: entry for _, entry in found}
+
+
+def _intact(store: Store, entry: dict[str, Any]) -> bool:
+    if not entry["label"]:
+        return True  # all its files were unreadable
+    try:
+        if store.size(entry["name"]) != entry["bytes"]:
+            return False
+        return hashlib.sha256(store.read(entry["name"])).hexdigest() == entry["sha256"]
+    except FileNotFoundError:
+        return False
+
+
+def prepare_digits(out_url: str, config: StorageConfig = StorageConfig(), **options: Any) -> None:
+    """Write the digits dataset (train and val) to a URL; does nothing but check it where it is already there."""
+    prepare(Digits(out=out_url, storage=config))
+
+
+def prepare(options: Digits | ImageNet64 | Folder) -> None:
+    """Write all splits of a dataset and print what was written."""
+    store = Store(options.out, options.storage)
+    store.check(write=True)
+    with contextlib.ExitStack() as stack:
+        if isinstance(options, ImageNet64):
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="imagenet64-", dir=options.scratch))
+            splits = imagenet64(options.source, Path(scratch))
+        elif isinstance(options, Folder):
+            splits = folder(options.source, options.size, options.grey, options.val_fraction)
+        else:
+            splits = digits()
+        for split in splits:
+            index, unreadable = write_split(store, split, options)
+            print(card(index), flush=True)
+            if unreadable:
+                print(f"  {len(unreadable)} files could not be read and were left out:", *unreadable, sep="\n    ")
+    print(f"wrote {store.url}")
+
+
+# --- checking --------------------------------------------------------------------------------------------------
+
+
+def card(index: ShardIndex) -> str:
+    """A few lines for a person: counts, classes, source, digest, bytes."""
+    counts = np.bincount(index.label, minlength=max(index.num_classes, 1))
+    names = ", ".join(index.class_names[:10]) + ("…" if index.num_classes > 10 else "")
+    classes = f"{index.num_classes} ({names}), {counts.min()} to {counts.max()} images each" if names else "none"
+    total = sum(shard.bytes for shard in index.shards)
+    return "\n".join(
+        [
+            f"{index.split}: {index.num_samples:,} images, uint8 {list(index.shape)}, {index.encoding}",
+            f"  classes  {classes}",
+            f"  source   {index.source}",
+            f"  digest   {index.digest}",
+            f"  bytes    {total:,} in {len(index.shards)} shards",
+        ]
+    )
+
+
+def verify(store: Store) -> list[str]:
+    """Check size, sha256 and every sample of every shard, print the card; returns what is damaged, a line each."""
+    splits = [n.removesuffix(".index.json") for n in store.list() if n.endswith(".index.json") and "/" not in n]
+    if not splits:
+        raise ValueError(f"url: {store} holds no dataset (no *.index.json)")
+    damage = []
+    for split in splits:
+        index = load_index(store, split)
+        print(card(index), flush=True)
+        for number, shard in enumerate(tqdm(index.shards, f"{split}: checking", unit="shard", **_BAR)):
+            try:
+                data = store.read(shard.name)
+            except FileNotFoundError:
+                damage.append(f"{shard.name} is missing")
+                continue
+            if len(data) == shard.bytes and hashlib.sha256(data).hexdigest() == shard.sha256:
+                continue
+            ids = range(int(index.starts[number]), int(index.starts[number + 1]))
+            spans = ((i, int(index.offset[i]), int(index.size[i])) for i in ids)
+            bad = [i for i, start, size in spans if zlib.crc32(data[start : start + size]) != index.crc32[i]]
+            where = f"samples {bad[:8]}{'…' if len(bad) > 8 else ''}" if bad else "bytes between its samples"
+            damage.append(f"{shard.name} is damaged ({len(data)} of {shard.bytes} bytes): {where}")
+    return damage
+
+
+_BAR: dict[str, Any] = {"file": sys.stderr, "mininterval": 0.2 if sys.stderr.isatty() else 15.0, "dynamic_ncols": True}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = ["verify" if a == "--verify" else a for a in (sys.argv[1:] if arguments is None else arguments)]
+    try:
+        options = tyro.cli(
+            Annotated[Digits, tyro.conf.subcommand("digits")]
+            | Annotated[ImageNet64, tyro.conf.subcommand("imagenet64")]
+            | Annotated[Folder, tyro.conf.subcommand("folder")]
+            | Annotated[Verify, tyro.conf.subcommand("verify")],
+            prog="python -m pipeline.prepare",
+            description=__doc__,
+            args=given,
+        )
+        if not isinstance(options, Verify):
+            prepare(options)
+            return 0
+        damage = verify(Store(options.url, options.storage))
+        for line in damage:
+            print(f"error: {line}", file=sys.stderr)
+        print("every hash is right" if not damage else "run the same pipeline.prepare command again to repair it")
+        return 1 if damage else 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

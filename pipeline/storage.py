@@ -1,0 +1,549 @@
+"""One flat key space under a URL: a local directory, ``s3://bucket/prefix`` or any other fsspec URL.
+
+Every operation is whole: it succeeds, or it is tried again until the store's own deadline, or it fails with one
+`StorageError` that says what to do. Writes are atomic for readers, on every backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import logging
+import os
+import random
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CHUNK = 4 << 20  # bytes read at a time
+STALE_S = 3600.0  # a temporary file untouched for so long belongs to a process that died
+
+
+class StorageError(OSError):
+    """A storage operation failed for good; the message is for the person. `errno` is set where the cause had one."""
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """How to reach a store. Credentials come only from the usual chain (environment, profile, instance role)."""
+
+    endpoint_url: str | None = None
+    """Address of an S3-compatible server, e.g. http://127.0.0.1:8333; without it, AWS."""
+    profile: str | None = None
+    """Profile of ~/.aws/credentials to use for s3:// URLs."""
+    deadline_s: float = 300.0
+    """Seconds for one operation including all its retries; after that it fails."""
+
+    def __post_init__(self) -> None:
+        if not self.deadline_s > 0:
+            raise ValueError(f"storage.deadline_s: got {self.deadline_s}, expected seconds above 0")
+        if self.endpoint_url is not None:
+            if not re.match(r"https?://[^/]", self.endpoint_url):
+                got = _mask(self.endpoint_url)
+                raise ValueError(f"storage.endpoint_url: got {got!r}, expected http://host[:port] or https://…")
+            if _mask(self.endpoint_url) != self.endpoint_url:
+                raise ValueError(
+                    f"storage.endpoint_url: got {_mask(self.endpoint_url)}, which carries credentials; give them by "
+                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or by a profile, never in the address"
+                )
+
+
+class Store:
+    """Named byte strings under `url`.
+
+    Names are relative, with "/" between parts; those whose last part starts with a dot are the store's own and
+    are never listed. Operations raise FileNotFoundError for a missing name and StorageError for everything else.
+    A Store may be used from several threads and is safe to use after a fork.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], config: StorageConfig = StorageConfig()) -> None:  # noqa: B008
+        self.url = os.fspath(url).rstrip("/") or "/"
+        self.config = config
+        self._backend: _Local | _S3 | _Fsspec
+        scheme, _, rest = self.url.rpartition("://")
+        if scheme in ("", "file", "local"):
+            self._backend = _Local(Path(rest).expanduser())
+        elif scheme in ("s3", "s3a"):
+            if not rest.split("/")[0] or "@" in rest.split("/")[0]:
+                raise ValueError(f"storage URL: got {_mask(self.url)!r}, expected s3://bucket/prefix")
+            self._backend = _S3(rest, config)
+        else:
+            self._backend = _Fsspec(self.url)
+
+    def __repr__(self) -> str:
+        return f"Store({_mask(self.url)!r})"
+
+    @property
+    def local(self) -> Path | None:
+        """The directory, where this store is one on this machine; else None."""
+        return self._backend.root if isinstance(self._backend, _Local) else None
+
+    def child(self, name: str) -> Store:
+        """The store one level down."""
+        return Store(f"{self.url}/{_checked(name)}", self.config)
+
+    def read(self, name: str, sha256: str | None = None) -> bytes:
+        """The whole object. With `sha256` (hex), damage in transit is read again and damage at rest is an error."""
+        parts: list[bytes] = []
+        self._fetch(name, parts.clear, parts.append, sha256)
+        return b"".join(parts)
+
+    def download(self, name: str, local_path: str | os.PathLike[str], sha256: str | None = None) -> None:
+        """Copy an object to a local file, a few MB in memory at a time; `sha256` as in `read`. Not atomic."""
+        with _local_disk(local_path), open(local_path, "wb") as file:
+
+            def rewind() -> None:
+                file.seek(0)
+                file.truncate()
+
+            def write(chunk: bytes) -> None:
+                with _local_disk(local_path):
+                    file.write(chunk)
+
+            self._fetch(name, rewind, write, sha256)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put an object; readers see the old or the new one, never half."""
+        key = _checked(name)
+        self._retry("write", name, lambda left: self._backend.put(key, data, left))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put an object only where none is: True if it now holds `data`, False if it holds other bytes.
+
+        Of several writers with different bytes exactly one gets True. A put that won but whose reply was lost is
+        recognised by reading back, so racing writers must write bytes that differ (a random token will do).
+        """
+        key = _checked(name)
+        for _ in range(8):
+            if self._retry("create", name, lambda left: self._backend.create(key, data, left)):
+                return True
+            with contextlib.suppress(FileNotFoundError):  # deleted since: then once more
+                return self.read(name) == data
+        raise StorageError(f"{self._where(name)} keeps appearing and vanishing: another process deletes it")
+
+    def list(self, prefix: str = "") -> list[str]:
+        """All names that start with `prefix`, sorted; never from a cache."""
+        names = self._retry("list", prefix, lambda left: self._backend.names(prefix, left))
+        return sorted(n for n in names if n.startswith(prefix) and not n.rpartition("/")[2].startswith("."))
+
+    def size(self, name: str) -> int:
+        """Bytes of an object."""
+        key = _checked(name)
+        return self._retry("size", name, lambda left: self._backend.size(key, left))
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.size(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def delete(self, name: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        key = _checked(name)
+        self._retry("delete", name, lambda left: self._backend.delete(key, left))
+
+    def check(self, write: bool) -> None:
+        """Fail within seconds, with advice, where this store cannot be read (or written, if `write`)."""
+        quick = Store(self.url, replace(self.config, deadline_s=min(self.config.deadline_s, 8.0)))
+        if write:
+            quick.write(".write-check", b"")
+            quick.delete(".write-check")
+        elif self.local is not None:
+            if not os.access(self.local, os.R_OK | os.X_OK) or not self.local.is_dir():
+                raise StorageError(f"{self.local} is not a directory that can be read: check the path and its owner")
+        else:
+            quick._retry("list", "", lambda left: quick._backend.names("", left, limit=1))
+
+    def _where(self, name: str) -> str:
+        return _mask(f"{self.url}/{name}")
+
+    def _fetch(self, name: str, rewind: Callable[[], None], write: Callable[[bytes], object], sha256: str | None) -> None:
+        key = _checked(name)
+        wrong: set[tuple[int, str]] = set()
+
+        def attempt(left: float) -> None:
+            rewind()
+            (size, etag), chunks = self._backend.chunks(key, left)
+            got, expected = 0, sha256 or etag
+            digest = hashlib.new("sha256" if sha256 else "md5", usedforsecurity=False)
+            for chunk in chunks:
+                got += len(chunk)
+                if expected:
+                    digest.update(chunk)
+                write(chunk)
+            if size is not None and got != size:
+                raise ConnectionError(f"got {got} of {size} bytes")
+            if expected is None or digest.hexdigest() == expected:
+                return
+            # Damage in transit hardly strikes twice in the same way: two equal bodies are what the store holds.
+            seen = (got, digest.hexdigest())
+            if seen in wrong and got == self._backend.size(key, left):
+                if sha256 is None:
+                    return  # an ETag that is not an MD5, as some servers give
+                raise StorageError(
+                    f"{self._where(name)} is damaged in the store: its sha256 is {seen[1][:16]}…, expected "
+                    f"{sha256[:16]}…; put back the right object, or write it again"
+                )
+            wrong.add(seen)
+            raise ConnectionError(f"a body of {got} bytes with the wrong checksum")
+
+        self._retry("read", name, attempt)
+
+    def _retry(self, verb: str, name: str, attempt: Callable[[float], T]) -> T:
+        """Call `attempt(seconds left)` until it succeeds, fails for good, or the deadline has passed."""
+        start, tries = time.monotonic(), 0
+        while True:
+            left = self.config.deadline_s - (time.monotonic() - start)
+            try:
+                return attempt(max(left, 0.1))
+            except StorageError:
+                raise
+            except FileNotFoundError as error:
+                if _code(error) == "NoSuchBucket":
+                    raise self._failure(verb, name, error, _ADVICE["NoSuchBucket"]) from error
+                raise FileNotFoundError(f"{self._where(name)} does not exist") from error
+            except Exception as error:
+                advice = _advice(error)
+                if advice is not None:
+                    raise self._failure(verb, name, error, advice) from error
+                tries += 1
+                wait = min(0.1 * 2 ** min(tries, 8), 10.0) * random.uniform(0.5, 1.0)
+                spent = time.monotonic() - start
+                if spent + wait >= self.config.deadline_s:
+                    after = f"gave up after {tries} tries in {spent:.0f} s; is the server up, and its address right?"
+                    raise self._failure(verb, name, error, after) from error
+                _log_burst(_mask(self.url), f"{verb} {name}: {_describe(error)}", self.config.deadline_s)
+                time.sleep(wait)
+
+    def _failure(self, verb: str, name: str, error: Exception, advice: str) -> StorageError:
+        failure = StorageError(f"cannot {verb} {self._where(name)}: {_describe(error)}; {advice}")
+        failure.errno = getattr(error, "errno", None)
+        return failure
+
+
+class _Local:
+    """A directory. Files appear by rename or link, so that no reader sees half of one."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def chunks(self, key: str, left: float) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
+        file = open(self.root / key, "rb")  # noqa: SIM115 - closed by the generator
+
+        def parts() -> Iterator[bytes]:
+            with file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+
+        return (os.fstat(file.fileno()).st_size, None), parts()
+
+    def put(self, key: str, data: bytes, left: float) -> None:
+        with self._temporary(key, data) as temporary:
+            os.replace(temporary, self.root / key)
+
+    def create(self, key: str, data: bytes, left: float) -> bool:
+        with self._temporary(key, data) as temporary:
+            try:
+                os.link(temporary, self.root / key)
+            except FileExistsError:
+                return False
+        return True
+
+    def names(self, prefix: str, left: float, limit: int | None = None) -> list[str]:
+        found = []
+        for folder, _, files in os.walk(self.root / prefix.rpartition("/")[0]):
+            found += [str((Path(folder) / file).relative_to(self.root).as_posix()) for file in files]
+        return found
+
+    def size(self, key: str, left: float) -> int:
+        return (self.root / key).stat().st_size
+
+    def delete(self, key: str, left: float) -> None:
+        (self.root / key).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _temporary(self, key: str, data: bytes) -> Iterator[Path]:
+        folder = (self.root / key).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") and entry.name.endswith(".tmp"):
+                    with contextlib.suppress(FileNotFoundError):
+                        if time.time() - entry.stat().st_mtime > STALE_S:
+                            os.unlink(entry.path)
+        temporary = folder / f".{secrets.token_hex(8)}.tmp"
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # the name too survives a power cut
+        finally:
+            os.close(descriptor)
+
+
+class _Fsspec:
+    """Any other fsspec backend; how atomic its puts are is the backend's word."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"storage URL: {_mask(url)!r}: {_mask(str(error))}") from error
+
+    def chunks(self, key: str, left: float) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
+        file = self.fs.open(f"{self.root}/{key}", "rb")
+
+        def parts() -> Iterator[bytes]:
+            with file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+
+        return (getattr(file, "size", None), None), parts()
+
+    def put(self, key: str, data: bytes, left: float) -> None:
+        path = f"{self.root}/{key}"
+        self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        self.fs.pipe_file(path, data)
+
+    def create(self, key: str, data: bytes, left: float) -> bool:
+        path = f"{self.root}/{key}"
+        self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        try:
+            self.fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def names(self, prefix: str, left: float, limit: int | None = None) -> list[str]:
+        self.fs.invalidate_cache()
+        found = self.fs.find(f"{self.root}/{prefix.rpartition('/')[0]}".rstrip("/"))
+        return [path.removeprefix(self.root).lstrip("/") for path in found]
+
+    def size(self, key: str, left: float) -> int:
+        self.fs.invalidate_cache()
+        return int(self.fs.size(f"{self.root}/{key}"))
+
+    def delete(self, key: str, left: float) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(f"{self.root}/{key}")
+
+
+class _S3:
+    """A prefix of a bucket, by s3fs's client: single requests, so that what failed is what is tried again."""
+
+    def __init__(self, path: str, config: StorageConfig) -> None:
+        self.bucket, _, self.prefix = path.partition("/")
+        self.config = config
+
+    def chunks(self, key: str, left: float) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
+        response = self._call("get_object", left, Key=self._key(key))
+        body, end = response["Body"], time.monotonic() + left
+        etag = response.get("ETag", "").strip('"')
+        plain = not response.get("SSECustomerAlgorithm") and response.get("ServerSideEncryption") in (None, "AES256")
+
+        def parts() -> Iterator[bytes]:
+            try:
+                while chunk := self._run(body.read(CHUNK), end - time.monotonic()):
+                    yield chunk
+            finally:
+                body.close()
+
+        # The ETag of an object put in one piece and not encrypted by KMS is its MD5.
+        return (response.get("ContentLength"), etag if plain and re.fullmatch("[0-9a-f]{32}", etag) else None), parts()
+
+    def put(self, key: str, data: bytes, left: float, mode: str = "overwrite") -> None:
+        path = f"{self.bucket}/{self._key(key)}"
+        self._run(self._fs()._pipe_file(path, data, mode=mode, max_concurrency=4), left)
+
+    def create(self, key: str, data: bytes, left: float) -> bool:
+        try:
+            self.put(key, data, left, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if _code(error) not in ("PreconditionFailed", "412"):
+                raise
+            return False
+        return True
+
+    def names(self, prefix: str, left: float, limit: int | None = None) -> list[str]:
+        end, found, token = time.monotonic() + left, [], dict[str, str]()
+        while True:
+            arguments = {**token, **({"MaxKeys": limit} if limit else {})}
+            page = self._call("list_objects_v2", end - time.monotonic(), Prefix=self._key(prefix), **arguments)
+            found += [item["Key"] for item in page.get("Contents", [])]
+            if limit or not page.get("IsTruncated"):
+                start = len(self._key(""))
+                return [key[start:] for key in found if not key.endswith("/")]
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def size(self, key: str, left: float) -> int:
+        return int(self._call("head_object", left, Key=self._key(key))["ContentLength"])
+
+    def delete(self, key: str, left: float) -> None:
+        self._call("delete_object", left, Key=self._key(key))
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    def _fs(self) -> Any:
+        return _s3_filesystem(os.getpid(), self.config.endpoint_url, self.config.profile, self.config.deadline_s)
+
+    def _call(self, method: str, left: float, **arguments: Any) -> Any:
+        return self._run(self._fs()._call_s3(method, Bucket=self.bucket, **arguments), left)
+
+    def _run(self, coroutine: Any, left: float) -> Any:
+        import asyncio
+
+        bounded = asyncio.wait_for(coroutine, max(left, 0.1))
+        return asyncio.run_coroutine_threadsafe(bounded, self._fs().loop).result()
+
+
+@functools.lru_cache(maxsize=32)
+def _s3_filesystem(pid: int, endpoint_url: str | None, profile: str | None, deadline_s: float) -> Any:
+    """One s3fs instance a process (it does not survive a fork), with its own retries off: our deadline rules."""
+    import s3fs
+
+    custom = endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    fs = s3fs.S3FileSystem(
+        endpoint_url=endpoint_url,
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        config_kwargs={
+            "connect_timeout": min(5.0, max(1.0, deadline_s / 6)),
+            "read_timeout": min(20.0, max(1.0, deadline_s / 6)),
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+            "max_pool_connections": 32,
+            **({"s3": {"addressing_style": "path"}} if custom else {}),
+        },
+        **({"profile": profile} if profile else {}),
+    )
+    fs.retries = 1
+    return fs
+
+
+# --- what an error means ---------------------------------------------------------------------------------------
+
+_CREDENTIALS = (
+    "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the profile (--storage.profile), or the machine's role"
+)
+_ADVICE = {
+    "NoSuchBucket": "create the bucket, or check its name and the endpoint (--storage.endpoint-url)",
+    "AccessDenied": f"these credentials may not do that: ask for the right, or {_CREDENTIALS}",
+    "InvalidAccessKeyId": f"the server does not know this access key: {_CREDENTIALS}",
+    "SignatureDoesNotMatch": f"the secret key is wrong: {_CREDENTIALS}",
+    "ExpiredToken": "the credentials have expired: get new ones and run the same command again",
+    "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
+    "NoCredentialsError": f"no credentials were found: {_CREDENTIALS}",
+    "PartialCredentialsError": f"half of the credentials is missing: {_CREDENTIALS}",
+    "ProfileNotFound": "name a profile that is in ~/.aws/config or ~/.aws/credentials",
+}
+_ADVICE |= {"403": _ADVICE["AccessDenied"], "InvalidToken": _ADVICE["ExpiredToken"]}
+_ERRNO_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space or choose another directory",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another directory",
+    errno.EROFS: "the file system is read-only: choose another directory",
+    errno.EACCES: "no permission: check the owner and mode of the directory, or choose another",
+    errno.EPERM: "not permitted here: check the directory's owner, and that its file system knows hard links",
+    errno.ENOTDIR: "a part of the path is a file: choose another path",
+    errno.EISDIR: "the path is a directory: choose another name",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+_TRANSIENT = {"RequestTimeout", "SlowDown", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload"}
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _code(error: BaseException) -> str | None:
+    """The S3 error code behind an exception, if there is one."""
+    for cause in _chain(error):
+        if isinstance(response := getattr(cause, "response", None), dict) and "Error" in response:
+            return str(response["Error"].get("Code"))
+    return None
+
+
+def _advice(error: Exception) -> str | None:
+    """What to do about an error for which trying again is no use; None where it may help."""
+    for cause in _chain(error):
+        if type(cause).__name__ in _ADVICE:
+            return _ADVICE[type(cause).__name__]
+        if isinstance(response := getattr(cause, "response", None), dict) and "Error" in response:
+            code, status = _code(cause), response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            if code in _ADVICE:
+                return _ADVICE[str(code)]
+            if status in (301, 501) or (400 <= status < 500 and status not in (408, 409, 429) and code not in _TRANSIENT):
+                return "the server refuses this request: check the endpoint, the region and the bucket"
+            return None
+    if isinstance(error, OSError) and error.errno in _ERRNO_ADVICE:
+        return _ERRNO_ADVICE[error.errno]
+    if isinstance(error, (TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError)):
+        raise error  # a mistake in a program, not in a store
+    return None
+
+
+def _describe(error: BaseException) -> str:
+    code = _code(error)
+    text = f"{code}: {error}" if code and code not in str(error) else str(error) or type(error).__name__
+    return _mask(" ".join(text.split()))[:300]
+
+
+def _mask(text: str) -> str:
+    """The text without user:password@ of an address and without signatures of a query."""
+    text = re.sub(r"(?<=://)[^/@\s\"']+@", "***@", text)
+    return re.sub(r"(?i)((?:signature|token|credential|secret)[\w-]*=)[^&\s\"']+", r"\1***", text)
+
+
+@contextlib.contextmanager
+def _local_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A failure of the local file to download into: no use in asking the store again."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError) or error.errno is None or _code(error):
+            raise
+        failure = StorageError(f"cannot write {os.fspath(path)}: {_describe(error)}; {_ERRNO_ADVICE.get(error.errno, '')}")
+        failure.errno = error.errno
+        raise failure from error
+
+
+def _checked(name: str) -> str:
+    if not name or name.startswith("/") or name.endswith("/") or {"", ".", ".."} & set(name.split("/")):
+        raise ValueError(f"storage name: got {name!r}, expected a relative name such as 'a/b.tar'")
+    return name
+
+
+_burst: dict[str, tuple[float, int]] = {}
+
+
+def _log_burst(url: str, text: str, deadline_s: float) -> None:
+    """One line for a burst of failures: the first at once, later ones at most once a minute, with their number."""
+    now = time.monotonic()
+    last, count = _burst.get(url, (float("-inf"), 0))
+    if now - last < 60.0:
+        _burst[url] = (last, count + 1)
+        return
+    more = f" ({count} more since the last such line)" if count else ""
+    log.warning("storage %s: %s; trying again for up to %.0f s%s", url, text, deadline_s, more)
+    _burst[url] = (now, 0)

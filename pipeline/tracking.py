@@ -1,0 +1,334 @@
+"""The history of a run: a local journal, always, and MLflow, when it answers.
+
+`Tracker.log` appends a line to `journal.jsonl` and returns. A thread ships the journal's lines to MLflow and
+remembers how far it came, so that a tracking server that is slow, dead or restarted neither holds training up nor
+leaves a gap. A resumed run repeats steps that the journal already has: those are not written a second time.
+`python -m pipeline.tracking RUN_DIR` ships what is left.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import tyro
+
+from pipeline.config import TrackingConfig, flatten, parse_flags
+
+JOURNAL = "journal.jsonl"
+BATCH = 200  # journal lines shipped at once
+
+
+def journal_dir(out: str) -> Path:
+    """The local folder of a run's journal: the run's own where it is local, else runs/NAME-HASH here."""
+    if "://" not in out:
+        return Path(out)
+    if out.startswith("file://"):
+        return Path(urlsplit(out).path)
+    return Path("runs") / f"{out.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
+
+
+def mask(uri: str) -> str:
+    """A URI without the password that it may carry."""
+    parts = urlsplit(uri)
+    return uri if "@" not in parts.netloc else parts._replace(netloc=parts.netloc.rsplit("@", 1)[1]).geturl()
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """The journal's records; a last line that a crash cut off is not one."""
+    path = folder / JOURNAL
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def find_uid(folder: Path, config: dict[str, Any]) -> str | None:
+    """The identity of the run that the journal belongs to, where it has this configuration."""
+    records = read_journal(folder)
+    return records[0]["uid"] if records and records[0]["config"] == config else None
+
+
+class Tracker:
+    """Writes one run's journal and ships it. Rank 0 alone has one."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrackingConfig,
+        *,
+        uid: str | None,
+        name: str,
+        run_config: dict[str, Any],
+        dataset: dict[str, str],
+    ) -> None:
+        """Continue the journal in `folder` where it belongs to the run `uid`, else begin one.
+
+        `dataset` has url, name and digest. Raises OSError where the folder cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.path = folder / JOURNAL
+        records = read_journal(folder)
+        if records and records[0]["uid"] != uid:
+            self.path.rename(folder / f"journal-{records[0]['uid']}.jsonl")
+            (folder / Shipper.STATE).unlink(missing_ok=True)
+            records = []
+        self.uid = uid or uuid.uuid4().hex
+        self.last = {kind: -1 for kind in ("metrics", "image", "epoch")}
+        self._file = self.path.open("ab+")
+        _cut_torn_line(self._file)
+        if records:
+            for record in records:
+                if record["kind"] in self.last:
+                    self.last[record["kind"]] = max(self.last[record["kind"]], record["step"])
+        else:
+            self._append(
+                {"kind": "run", "uid": self.uid, "name": name, "experiment": config.experiment}
+                | {"config": run_config, "dataset": dataset}
+            )
+        self.shipper = None if config.uri == "none" else Shipper(folder, config)
+
+    def tags(self, tags: dict[str, str]) -> None:
+        """Facts about this attempt that may differ from the last one's, such as the world size."""
+        self._append({"kind": "tags", "tags": tags})
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append metrics, unless an earlier attempt has already written this step's."""
+        if step > self.last["metrics"]:
+            self._append({"kind": "metrics", "step": step, "metrics": metrics})
+            self.last["metrics"] = step
+
+    def epoch(self, epoch: int, digest: int) -> None:
+        """Record that an epoch is complete and had each sample once, with the digest that shows it."""
+        if epoch > self.last["epoch"]:
+            self._append({"kind": "epoch", "step": epoch, "digest": digest})
+            self.last["epoch"] = epoch
+
+    def image(self, step: int, key: str, png: bytes) -> Path:
+        """Write a picture to samples/ and record it."""
+        path = self.folder / "samples" / f"{key}-{step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png)
+        if step > self.last["image"]:
+            self._append({"kind": "image", "step": step, "key": key, "file": str(path.relative_to(self.folder))})
+            self.last["image"] = step
+        return path
+
+    def close(self, status: str) -> None:
+        """End this attempt (FINISHED, FAILED or KILLED) and give the shipper a last, bounded chance."""
+        self._append({"kind": "status", "status": status})
+        self._file.close()
+        if self.shipper:
+            self.shipper.close()
+
+    def _append(self, record: dict[str, Any]) -> None:
+        line = json.dumps({"time": time.time(), **record}) + "\n"
+        self._file.write(line.encode())
+        self._file.flush()
+
+
+class Shipper:
+    """Sends a journal to MLflow from a thread of its own."""
+
+    STATE = "journal.shipped"
+
+    def __init__(self, folder: Path, config: TrackingConfig) -> None:
+        self.folder = folder
+        self.flush_s = config.flush_s
+        self.uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        self.run_id: str | None = None
+        self.problem: str | None = None
+        self._last_step = -1
+        self._closing = threading.Event()
+        self._done = threading.Event()
+        # MLflow's own patience (minutes) would keep the last, bounded flush from ever succeeding.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        threading.Thread(target=self._work, name="mlflow", daemon=True).start()
+
+    @property
+    def done(self) -> bool:
+        """Whether the whole journal has arrived, after `close`."""
+        return self._done.is_set()
+
+    def close(self) -> None:
+        """Wait up to flush_s seconds for the rest of the journal to arrive."""
+        self._closing.set()
+        if not self._done.wait(self.flush_s):
+            reason = f": {self.problem}" if self.problem else ""
+            print(
+                f"warning: MLflow at {mask(self.uri)} has not taken the whole history{reason}. Nothing is lost:"
+                f" it is in {self.folder / JOURNAL}; send it with `python -m pipeline.tracking {self.folder}`.",
+                flush=True,
+            )
+
+    def _work(self) -> None:
+        pause = 1.0
+        while True:
+            closing = self._closing.is_set()
+            try:
+                caught_up = self._ship()
+                self.problem, pause = None, 1.0
+                if caught_up and closing:
+                    self._done.set()
+                    return
+                if not caught_up:
+                    continue
+            except Exception as error:  # a tracking server's troubles are never the run's
+                if self.problem is None:
+                    print(
+                        f"warning: MLflow at {mask(self.uri)} does not answer ({_first_line(error)}); training goes"
+                        f" on, its history is in {self.folder / JOURNAL}, and is sent when MLflow is back.",
+                        flush=True,
+                    )
+                self.problem = _first_line(error)
+                pause = min(2 * pause, 30.0)
+            if closing:
+                time.sleep(1.0)  # `close` bounds how often this repeats
+            else:
+                self._closing.wait(pause)
+
+    def _ship(self) -> bool:
+        """Send the next lines; whether there are none left."""
+        path, state_path = self.folder / JOURNAL, self.folder / self.STATE
+        state = json.loads(state_path.read_text()) if state_path.exists() else {}
+        server = hashlib.sha256(self.uri.encode()).hexdigest()[:16]  # the URI itself may hold a password
+        offset = state["offset"] if state.get("server") == server else 0
+        with path.open("rb") as file:
+            head = json.loads(file.readline())
+            file.seek(offset)
+            lines = []
+            while len(lines) < BATCH and (line := file.readline()).endswith(b"\n"):
+                lines.append(line)
+        if not lines:
+            return True
+        client = self._client()
+        if self.run_id is None:
+            self.run_id = _find_or_create_run(client, head)
+            if offset == 0:
+                # A new journal of a run that MLflow already knows: it was resumed on another machine.
+                history = client.get_metric_history(self.run_id, "compute/train_flops")
+                self._last_step = max((point.step for point in history), default=-1)
+        _send(client, self.run_id, self.folder, [json.loads(line) for line in lines], self._last_step)
+        temporary = state_path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"server": server, "offset": offset + sum(map(len, lines))}))
+        temporary.replace(state_path)
+        return False
+
+    def _client(self) -> Any:
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.uri)
+
+
+def _find_or_create_run(client: Any, head: dict[str, Any]) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(head["experiment"])
+    if experiment is None:
+        try:
+            experiment_id = client.create_experiment(head["experiment"])
+        except MlflowException:  # another run of the study was faster
+            experiment_id = client.get_experiment_by_name(head["experiment"]).experiment_id
+    else:
+        experiment_id = experiment.experiment_id
+    found = client.search_runs([experiment_id], f"tags.`iddpm.uid` = '{head['uid']}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+        return run_id
+    run = client.create_run(experiment_id, tags={"iddpm.uid": head["uid"]}, run_name=head["name"])
+    return run.info.run_id
+
+
+def _send(
+    client: Any, run_id: str, folder: Path, records: Sequence[dict[str, Any]], last_step: int
+) -> None:
+    """Send journal records. Sending them again changes nothing: equal metrics are one point to MLflow."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    metrics = []
+    for record in records:
+        millis = int(record["time"] * 1000)
+        match record["kind"]:
+            case "metrics" if record["step"] > last_step:
+                metrics += [
+                    Metric(key, value, millis, record["step"]) for key, value in record["metrics"].items()
+                ]
+            case "run":
+                params = [Param(key, str(value)[:500]) for key, value in flatten(record["config"]).items()]
+                client.log_batch(run_id, params=params, tags=[RunTag("iddpm.folder", str(folder.resolve()))])
+                _log_dataset(client, run_id, record["dataset"])
+            case "tags":
+                client.log_batch(run_id, tags=[RunTag(key, value) for key, value in record["tags"].items()])
+            case "image":
+                _log_image(client, run_id, folder / record["file"], record["key"], record["step"])
+            case "status":
+                client.set_terminated(run_id, record["status"], millis)
+    for start in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+
+def _log_dataset(client: Any, run_id: str, dataset: dict[str, str]) -> None:
+    from mlflow.data.http_dataset_source import HTTPDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import DatasetInput, InputTag
+
+    source = HTTPDatasetSource(dataset["url"])
+    entity = MetaDataset(source, name=dataset["name"], digest=dataset["digest"][:36])._to_mlflow_entity()
+    client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+
+
+def _log_image(client: Any, run_id: str, path: Path, key: str, step: int) -> None:
+    from PIL import Image
+
+    there = client.list_artifacts(run_id, "images")
+    if path.exists() and not any(f"{key}+step+{step}+" in artifact.path for artifact in there):
+        with Image.open(path) as picture:
+            client.log_image(run_id, picture.convert("RGB"), key=key, step=step, synchronous=True)
+
+
+def _cut_torn_line(file: Any) -> None:
+    """Remove the piece of a line that a crash left at the end."""
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShipConfig:
+    """Send a run's journal to MLflow: all that has not arrived."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder that holds journal.jsonl."""
+    uri: str | None = None
+    """MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
+    wait_s: float = 300.0
+    """Longest time to try, in seconds."""
+
+
+def main() -> None:
+    config = parse_flags(ShipConfig, sys.argv[1:], ShipConfig.__doc__ or "")
+    if not (config.folder / JOURNAL).exists():
+        raise SystemExit(f"error: {config.folder}: no {JOURNAL} there; give a run's folder")
+    shipper = Shipper(config.folder, TrackingConfig(uri=config.uri, flush_s=config.wait_s))
+    shipper.close()
+    raise SystemExit(0 if shipper.done else 1)
+
+
+if __name__ == "__main__":
+    main()

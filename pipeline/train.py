@@ -1,0 +1,62 @@
+"""`python -m pipeline.train`: the command line over `pipeline.loop`, under any launcher."""
+
+import sys
+from pathlib import Path
+
+from pipeline.config import TrainConfig, horizon_steps, parse_train, record
+
+
+def main(argv: list[str]) -> None:
+    config, dry_run = parse_train(argv)
+    # Only now what takes seconds to import: --help and mistakes answer at once.
+    from pipeline.world import detect_launcher, run_main
+
+    if dry_run:
+        print(describe(config))
+        return
+    launcher = detect_launcher() if config.launch.launcher == "auto" else config.launch.launcher
+    if launcher == "ray":
+        from pipeline.launch import run_under_ray
+
+        raise SystemExit(run_under_ray(config))
+
+    from pipeline.loop import train
+    from pipeline.prepare import prepare_digits
+
+    # The digits come with a Python package: no reason to ask for them first.
+    if config.data.url == "data/digits" and not Path(config.data.url).exists():
+        prepare_digits(config.data.url)
+    run_main(lambda world: 75 if train(config, world) == "interrupted" else 0, config.launch)
+
+
+def describe(config: TrainConfig) -> str:
+    """The resolved run, for `--dry-run`: its configuration, and what it costs."""
+    import torch
+    import yaml
+
+    from iddpm.flops import count_parameters, forward_flops
+    from pipeline.hardware import memory_bytes
+
+    channels = config.diffusion.out_channels(config.model.in_channels)
+    parameters, forward = count_parameters(config.model, channels), forward_flops(config.model, channels)
+    steps = horizon_steps(config, 3 * forward)
+    share = min(config.microbatch or config.batch_size, config.batch_size)
+    memory = memory_bytes(config, share)
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+    lines = [
+        yaml.safe_dump(record(config), sort_keys=False).rstrip(),
+        "---",
+        f"parameters          {parameters:,}",
+        f"forward             {forward / 1e9:.2f} GFLOPs an image ({forward / 2e9:.2f} GMACs)",
+        f"training            {3 * forward / 1e9:.2f} GFLOPs an image, forward and backward",
+        f"steps               {steps:,} of {config.batch_size} images = {steps * config.batch_size:,} images",
+        f"total               {3.0 * forward * steps * config.batch_size:.3e} FLOPs",
+        f"memory, estimated   {sum(memory.values()) / 2**30:.2f} GiB on one rank for forward passes of {share} images"
+        f" ({parts})",
+        f"devices here        {torch.cuda.device_count()} GPUs",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
