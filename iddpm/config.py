@@ -81,15 +81,18 @@ class UNetConfig:
             f"a multiple of {2**halvings}, which channel_mult {self.channel_mult} halves {halvings} times",
         )
         for level, mult in enumerate(self.channel_mult):
-            if self.image_size // 2**level not in self.attention_resolutions and level != halvings:
-                continue
             width = mult * self.channels
-            for name in ("num_heads", "num_heads_upsample"):
+            attended = self.image_size // 2**level in self.attention_resolutions
+            # The smallest feature map has attention in any case, but not on the way up.
+            for name, used in (
+                ("num_heads", attended or level == halvings),
+                ("num_heads_upsample", attended),
+            ):
                 heads = getattr(self, name)
                 _check(
                     f"model.{name}",
                     heads,
-                    heads is None or width % heads == 0,
+                    not used or heads is None or width % heads == 0,
                     f"a divisor of {width}, the width of level {level}, which has attention",
                 )
 

@@ -35,18 +35,15 @@ class Prediction(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Per example."""
+    """Of each example, [N]. mse is None for the kl losses, vb for those and where the variance is fixed."""
 
-    loss: Tensor  # [N]: what training minimises the mean of
-    mse: Tensor | None  # [N]; None for the kl losses
-    vb: (
-        Tensor | None
-    )  # [N]: what an mse loss adds to train the variance, as it is added; None where nothing is
+    loss: Tensor
+    mse: Tensor | None
+    vb: Tensor | None  # in bits/dim, scaled as the loss has it: loss = mse + vb
 
 
 class Diffusion:
-    """The process of a DiffusionConfig or, with `keep`, the shorter chain over those of its timesteps (IDDPM
-    section 4).
+    """The process of a DiffusionConfig, or the shorter chain over its timesteps in `keep` (IDDPM section 4).
 
     A timestep t (int64 [N]) counts along the chain itself, 0 .. K-1. Images are [N, C, H, W] in [-1, 1]. The
     tables are float64 [K]; what is gathered from them is cast to the dtype of the images, so a float64 run is
@@ -149,10 +146,10 @@ class Diffusion:
             return Losses(mse, mse, None)
         # L_hybrid (IDDPM equation 16): the bound trains the variance alone, its gradient stops at the mean.
         # The scale is the paper's lambda = 0.001, for a bound that rescaled_kl would multiply by T.
-        mean, log_variance = output.chunk(2, dim=1)
+        mean, variance = output.chunk(2, dim=1)
         mse = mean_flat((targets[config.mean] - mean).square())
         scale = self.num_timesteps / 1000 if config.loss == "rescaled_mse" else 1
-        vb = scale * vlb(torch.cat([mean.detach(), log_variance], dim=1))
+        vb = scale * vlb(torch.cat([mean.detach(), variance], dim=1))
         return Losses(mse + vb, mse, vb)
 
     def _output(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:

@@ -1,6 +1,4 @@
-"""The variational bound on the negative log-likelihood, in bits per dimension (DDPM equation 5, IDDPM
-equations 4 to 7).
-"""
+"""The variational bound on the negative log-likelihood, in bits per dimension (IDDPM equations 4 to 7)."""
 
 import math
 from collections.abc import Callable
@@ -40,11 +38,10 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log-likelihood in nats, elementwise, of 8-bit pixels x in [-1, 1] under a Gaussian integrated over each
-    pixel's bin.
+    """Log-likelihood in nats, elementwise, of 8-bit pixels x in [-1, 1] under a Gaussian (DDPM equation 13).
 
-    DDPM equation 13: the bins are 2/255 wide, the outermost two open. `log_scale` is the log of the standard
-    deviation.
+    It is integrated over each pixel's bin, 2/255 wide, the outermost two open. `log_scale` is the log of the
+    standard deviation.
     """
     inverse_scale = (-log_scale).exp()
     upper = _normal_cdf(inverse_scale * (x - mean + 1 / 255))
@@ -54,9 +51,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
 
 
 def prior_bpd(diffusion: "Diffusion", x_start: Tensor) -> Tensor:
-    """[N]: L_T, the divergence of q(x_T | x_0) from the standard normal; it has no parameters and should be
-    about 0.
-    """
+    """[N]: L_T, the divergence of q(x_T | x_0) from the standard normal (IDDPM equation 7), about 0."""
     last = torch.full((len(x_start),), diffusion.num_timesteps - 1, device=x_start.device)
     mean, _, log_variance = diffusion.q_mean_variance(x_start, last)
     zero = torch.zeros_like(mean)
@@ -71,9 +66,7 @@ def vlb_bits(
     mean: Tensor,
     log_variance: Tensor,
 ) -> Tensor:
-    """[N] bits/dim: the KL of the model's step from the posterior (L_{t-1}), or where t is 0 the decoder's
-    negative log-likelihood (L_0).
-    """
+    """[N] bits/dim: L_{t-1}, the KL from posterior to model; where t is 0, the decoder's L_0."""
     kl = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
     decoder_nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance))
     return torch.where(t == 0, decoder_nll, kl) / math.log(2)
@@ -121,8 +114,8 @@ def exact_bpd(
         labels = y.repeat(len(ts)) if y is not None else None
         term = vlb_term(diffusion, model, x_0, x_t, t, labels, clip_denoised)
         pred_eps = diffusion.eps_from_xstart(x_t, t, term.pred_xstart)
-        mse = mean_flat((pred_eps - eps).square())
-        rows = torch.stack([term.bpd, mean_flat((term.pred_xstart - x_0).square()), mse])
+        squares = (term.pred_xstart - x_0).square(), (pred_eps - eps).square()
+        rows = torch.stack([term.bpd, *map(mean_flat, squares)])  # [3, timesteps x N]
         columns.append(rows.unflatten(1, (len(ts), n)))
     vb, xstart_mse, mse = torch.cat(columns, dim=1).transpose(1, 2)
     prior = prior_bpd(diffusion, x_start)

@@ -68,8 +68,7 @@ def ddim(
 def ddim_invert(
     model: Model, diffusion: Diffusion, x_0: Tensor, y: Tensor | None = None, clip_denoised: bool = True
 ) -> Iterator[Step]:
-    """Runs the deterministic DDIM backwards (DDIM section 4.3): the x of step t has the noise level of
-    timestep t.
+    """Runs the deterministic DDIM backwards (DDIM section 4.3): step t's x has the noise level of timestep t.
 
     The last step's x is the x_T from which `ddim` comes back to x_0, the nearer the longer the chain.
     """
@@ -119,9 +118,7 @@ def ddim_step(
     eps = diffusion.eps_from_xstart(x_t, t, pred_xstart)  # that of the clipped x_start
     ac, ac_prev = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
     variance = eta**2 * (1 - ac_prev) / (1 - ac) * (1 - ac / ac_prev)
-    direction = (
-        (1 - ac_prev - variance).clamp(min=0).sqrt()
-    )  # clamped: eta = 1 leaves a rounding error at t = 0
+    direction = (1 - ac_prev - variance).clamp(min=0).sqrt()  # 0 at t = 0, but for rounding
     mean = at(ac_prev.sqrt(), t, x_t) * pred_xstart + at(direction, t, x_t) * eps
     return mean + at(variance.sqrt(), t, x_t) * z, pred_xstart
 
@@ -134,7 +131,7 @@ def ddim_invert_step(
     y: Tensor | None = None,
     clip_denoised: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """x_{t+1} and pred_xstart: an Euler step of DDIM equation 14. Beyond the last timestep lies pure noise."""
+    """x_{t+1} and pred_xstart: an Euler step of DDIM equation 14. Beyond the last timestep is pure noise."""
     pred_xstart = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised).pred_xstart
     eps = diffusion.eps_from_xstart(x_t, t, pred_xstart)
     ac_next = diffusion.alphas_cumprod_next

@@ -178,7 +178,7 @@ class UNet(nn.Module):
         if (y is None) != (self.config.num_classes is None):
             got = "no labels" if y is None else "labels"
             raise ValueError(f"y: got {got}, but model.num_classes is {self.config.num_classes}")
-        dtype = self.time_embed[0].weight.dtype
+        dtype = next(self.parameters()).dtype
         emb = self.time_embed(timestep_embedding(t, self.config.channels).to(dtype))
         if y is not None:
             emb = emb + self.label_emb(y)

@@ -11,11 +11,13 @@ was thought dead cannot commit: the number that it would write next is already t
 are never deleted for that reason; the newest checkpoints are kept, older ones go record first, data after.
 """
 
+import dataclasses
 import hashlib
 import json
 import queue
 import threading
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from pipeline.storage import Store
+from pipeline.storage import DamagedError, Store
 
 Parts = dict[str, dict[str, torch.Tensor]]
 
@@ -43,6 +45,7 @@ class Record:
 
     sequence: int
     kind: str  # "claim" or "checkpoint"
+    attempt: str  # a random token, so that no two attempts ever write equal records
     step: int = 0
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"file", "bytes", "sha256"}
     meta: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +69,7 @@ class Checkpoints:
         for name in self.store.list("log/"):
             try:
                 content = json.loads(self.store.read(name))
-                found.append(Record(int(name.removeprefix("log/").removesuffix(".json")), **content))
+                found.append(Record(_sequence(name), **content))
             except (FileNotFoundError, ValueError, TypeError):
                 continue  # retention got there first, or it is damaged: `newest` then takes one before
         return found
@@ -102,13 +105,11 @@ class Checkpoints:
             raise ValueError(f"{where}: not there; it has {', '.join(record.parts)}")
         entry = record.parts[part]
         try:
-            data = self.store.read(f"data/{entry['file']}")
+            data = self.store.read(f"data/{entry['file']}", entry["sha256"])
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{where}: {entry['file']} is missing from {self.store.url}/data") from None
-        if len(data) != entry["bytes"]:
-            raise DamagedCheckpoint(f"{where}: {entry['file']} has {len(data)} bytes, expected {entry['bytes']}")
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise DamagedCheckpoint(f"{where}: {entry['file']} does not have the sha256 that its record states")
+        except DamagedError as error:
+            raise DamagedCheckpoint(f"{where}: {error}") from None
         try:
             return load_safetensors(data)
         except SafetensorError as error:
@@ -118,9 +119,10 @@ class Checkpoints:
 
     def claim(self, meta: dict[str, Any]) -> "Writer":
         """Take over the run: from now on no earlier attempt can commit. Then remove what those left unfinished."""
+        attempt = uuid.uuid4().hex
         while True:
-            sequence = max((int(n[4:12]) for n in self.store.list("log/")), default=0) + 1
-            record = Record(sequence, "claim", meta=meta)
+            sequence = max((_sequence(name) for name in self.store.list("log/")), default=0) + 1
+            record = Record(sequence, "claim", attempt, meta=meta)
             if self.store.create(record.name, _encode(record)):
                 break
         records = self.records()
@@ -128,14 +130,15 @@ class Checkpoints:
         for name in self.store.list("data/"):
             if name.removeprefix("data/") not in known:
                 self.store.delete(name)
-        return Writer(self.store, sequence, [r for r in records if r.kind == "checkpoint"])
+        return Writer(self.store, attempt, sequence, [r for r in records if r.kind == "checkpoint"])
 
 
 class Writer:
     """Writes one attempt's checkpoints from a thread of its own; training waits only for the snapshot."""
 
-    def __init__(self, store: Store, sequence: int, records: list[Record]) -> None:
+    def __init__(self, store: Store, attempt: str, sequence: int, records: list[Record]) -> None:
         self.store = store
+        self.attempt = attempt
         self.sequence = sequence
         self.records = records
         """The run's checkpoints, oldest first; no other attempt can add one."""
@@ -206,7 +209,7 @@ class Writer:
             sha = hashlib.sha256(data).hexdigest()
             entries[part] = {"file": f"{step:09d}-{sha[:16]}-{part}.safetensors", "bytes": len(data), "sha256": sha}
             self.store.write(f"data/{entries[part]['file']}", data)
-        record = Record(self.sequence + 1, "checkpoint", step, entries, meta)
+        record = Record(self.sequence + 1, "checkpoint", self.attempt, step, entries, meta)
         if not self.store.create(record.name, _encode(record)):
             raise StaleAttempt(
                 f"{self.store.url}: a newer attempt at this run has taken over, so this one cannot commit step {step}."
@@ -227,6 +230,11 @@ class Writer:
             self.store.delete(f"data/{file}")
 
 
+def _sequence(name: str) -> int:
+    return int(name.removeprefix("log/").removesuffix(".json"))
+
+
 def _encode(record: Record) -> bytes:
-    content = {"kind": record.kind, "step": record.step, "parts": record.parts, "meta": record.meta}
+    content = dataclasses.asdict(record)
+    del content["sequence"]  # the name says it
     return json.dumps(content, indent=1).encode()

@@ -1,11 +1,13 @@
 """Shards, their index, and the ordered stream of batches.
 
-A dataset split is a set of WebDataset tars `{split}-{i:05d}.tar` and one `{split}.index.json` beside them. A sample
-is two members, the image and `{key}.cls`, the label as text. The image is `{key}.npy` (uint8 [C, H, W]) or
-`{key}.png`; the webdataset package decodes both. The index knows where each sample lies and its checksum.
+A dataset split is a set of WebDataset tars `{split}-{i:05d}.tar` and one `{split}.index.json` beside them. A
+sample is two members, the image and `{key}.cls`, the label as text. The image is `{key}.npy` (uint8 [C, H,
+W]) or `{key}.png`; the webdataset package decodes both. The index knows where each sample lies and its
+checksum.
 
-The sequence of samples is a pure function of (seed, dataset, window): position p of the run is always the same
-sample, whatever the number of ranks and workers, the state of the cache, or how often the run was interrupted.
+The sequence of samples is a pure function of (seed, dataset, window): position p of the run is always the
+same sample, whatever the number of ranks and workers, the state of the cache, or how often the run was
+interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import tempfile
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +56,7 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """What is known of a split without opening a shard. Sample ids are 0..num_samples-1 in the order of writing."""
+    """What is known of a split without opening a shard. Sample ids count up in the order of writing."""
 
     split: str
     source: str
@@ -73,7 +75,8 @@ class ShardIndex:
     size: np.ndarray
     crc32: np.ndarray
     label: np.ndarray
-    """int64 [num_samples] each: where the image's bytes lie in its shard, how many, their CRC-32, the class."""
+    """int64 [num_samples] each: where the image's bytes lie in its shard, how many, their CRC-32, the class.
+    """
 
     @property
     def num_samples(self) -> int:
@@ -87,10 +90,12 @@ class ShardIndex:
         return np.searchsorted(self.starts, ids, side="right") - 1
 
 
-# --- writing ---------------------------------------------------------------------------------------------------
+# --- writing ---
 
 
-def pack_shard(samples: Iterable[tuple[str, np.ndarray, int]], encoding: Encoding) -> tuple[bytes, dict[str, Any]]:
+def pack_shard(
+    samples: Iterable[tuple[str, np.ndarray, int]], encoding: Encoding
+) -> tuple[bytes, dict[str, Any]]:
     """The bytes of a tar of (key, image uint8 [C, H, W], label) and its entry for the index.
 
     The same samples give the same bytes.
@@ -135,7 +140,7 @@ def index_json(
 
 
 def _encode(image: np.ndarray, encoding: Encoding) -> bytes:
-    assert image.dtype == np.uint8 and image.ndim == 3, (image.dtype, image.shape)
+    assert (image.dtype, image.ndim) == (np.uint8, 3), (image.dtype, image.shape)
     out = io.BytesIO()
     if encoding == "raw":
         np.lib.format.write_array(out, np.ascontiguousarray(image), version=(1, 0), allow_pickle=False)
@@ -161,11 +166,11 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(_canonical(content)).hexdigest()[:32]
 
 
-# --- the index -------------------------------------------------------------------------------------------------
+# --- the index ---
 
 
 def load_index(store: Store, split: str) -> ShardIndex:
-    """Read and check `{split}.index.json`; FileNotFoundError where there is none, StorageError where it is damaged."""
+    """Read and check `{split}.index.json`; FileNotFoundError if absent, StorageError if damaged."""
     name = f"{split}.index.json"
     try:
         data = store.read(name)
@@ -181,12 +186,16 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
         content = json.loads(data)
         digest = content.pop("digest")
         if content["format"] != FORMAT:
-            raise StorageError(f"{where} has format {content['format']}, this program reads {FORMAT}: prepare it anew")
+            raise StorageError(
+                f"{where} has format {content['format']}, this program reads {FORMAT}: prepare it anew"
+            )
         if _digest(content) != digest:
             raise ValueError("its digest does not match")
         entries = content["shards"]
         columns = {
-            name: np.concatenate([np.asarray(entry[name], np.int64) for entry in entries] or [np.empty(0, np.int64)])
+            name: np.concatenate(
+                [np.asarray(entry[name], np.int64) for entry in entries] or [np.empty(0, np.int64)]
+            )
             for name in ("offset", "size", "crc32", "label")
         }
         counts = [len(entry["label"]) for entry in entries]
@@ -206,10 +215,12 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
             **columns,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"{where} is damaged ({error}): run the same pipeline.prepare command again") from error
+        raise StorageError(
+            f"{where} is damaged ({error}): run the same pipeline.prepare command again"
+        ) from error
 
 
-# --- order -----------------------------------------------------------------------------------------------------
+# --- order ---
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -231,7 +242,7 @@ def permutation(n: int, *key: int | str) -> np.ndarray:
 
 
 class _Order:
-    """The endless sequence of sample ids: shards shuffled, `window` of them at a time, their samples shuffled."""
+    """The endless sequence of sample ids: shards shuffled, then the samples of each `window` of them."""
 
     def __init__(self, index: ShardIndex, seed: int, window: int) -> None:
         self.index, self.seed, self.window = index, seed, window
@@ -298,11 +309,13 @@ def _sum(ids: np.ndarray, epoch: int) -> int:
     return int(_hashes(ids, "digest", epoch).sum(dtype=np.uint64).astype(np.int64))
 
 
-# --- opening shards --------------------------------------------------------------------------------------------
+# --- opening shards ---
+
+_REPAIR = "run the same pipeline.prepare command again to write it anew (--verify URL lists all damage)"
 
 
 class _File:
-    """A shard that is open for reading: closed with its last reference, readable even after it was evicted."""
+    """A shard open for reading: closed with its last reference, readable even after it was evicted."""
 
     def __init__(self, descriptor: int, where: str, evict: Path | None = None) -> None:
         self.descriptor, self.where, self.evict = descriptor, where, evict
@@ -334,8 +347,8 @@ def _verify(file: _File, shard: Shard) -> bool:
 class Cache:
     """Whole shards on a local disk, shared by all processes of a node, at most `max_bytes` of them.
 
-    Files are named by their sha256 and appear by rename, so that a process may die at any point. Each of 256 lock
-    files guards the shards whose hash starts with its number; lock files are never removed.
+    Files are named by their sha256 and appear by rename, so that a process may die at any point. Each of 256
+    lock files guards the shards whose hash starts with its number; lock files are never removed.
     """
 
     def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
@@ -354,10 +367,19 @@ class Cache:
                     return file
                 return self._fetch(store, shard, path)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+            if error.errno not in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EROFS,
+                errno.EACCES,
+                errno.EPERM,
+                errno.ENOTDIR,
+            ):
                 raise
             if not self.warned:
-                log.warning("the shard cache %s is bypassed, shards stay in memory: %s", self.directory, error)
+                log.warning(
+                    "the shard cache %s is bypassed, shards stay in memory: %s", self.directory, error
+                )
             self.warned = True
         return _in_memory(store, shard)
 
@@ -391,7 +413,7 @@ class Cache:
         return file
 
     def _make_room(self, incoming: int) -> None:
-        """Remove what dead processes left, then the shards used least recently, until `incoming` bytes fit."""
+        """Remove what dead processes left, then shards used least recently, until `incoming` bytes fit."""
         total, shards = incoming, []
         for path in self.directory.iterdir():
             if path.suffix == ".tmp":
@@ -427,23 +449,26 @@ class Cache:
 
 def _in_memory(store: Store, shard: Shard) -> _File:
     data = store.read(shard.name, shard.sha256)
-    memory = hasattr(os, "memfd_create")
-    descriptor = os.memfd_create(shard.sha256) if memory else os.dup(tempfile.TemporaryFile().fileno())
-    file = _File(descriptor, f"{shard.name} at {store}")
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    return file
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create(shard.sha256)
+    else:
+        with tempfile.TemporaryFile() as anonymous:
+            descriptor = os.dup(anonymous.fileno())
+    with open(descriptor, "wb", closefd=False) as out:
+        out.write(data)
+    return _File(descriptor, f"{shard.name} at {store}")
 
 
-# --- reading ---------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 class _Threads:
     """A few daemon threads: unlike an executor's they never hold up the end of the process."""
 
     def __init__(self, count: int, name: str) -> None:
-        self.tasks: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self.tasks: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = (
+            queue.SimpleQueue()
+        )
         self.threads = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(count)]
         for thread in self.threads:
             thread.start()
@@ -482,7 +507,9 @@ class Reader:
 
     def open(self, shards: Iterable[int]) -> dict[int, Future[_File]]:
         """Begin to open these shards, in this order, and let go of the others."""
-        self.files = {s: self.files.get(s) or self.threads.submit(self._open, s) for s in dict.fromkeys(shards)}
+        self.files = {
+            s: self.files.get(s) or self.threads.submit(self._open, s) for s in dict.fromkeys(shards)
+        }
         return self.files
 
     def read(
@@ -497,8 +524,9 @@ class Reader:
         opened = {s: files[s].result() for s in np.unique(shards).tolist()}
         images = np.empty((len(ids), *index.shape), np.uint8)
         read_into = _read_raw if index.encoding == "raw" else _read_png
-        table = zip(*(column.tolist() for column in (shards, index.offset[ids], index.size[ids], index.crc32[ids])))
-        for image, (shard, offset, size, crc32) in zip(images, table, strict=True):
+        columns = (shards, index.offset[ids], index.size[ids], index.crc32[ids])
+        rows = zip(images, *(column.tolist() for column in columns), strict=True)
+        for image, shard, offset, size, crc32 in rows:
             if read_into(opened[shard].descriptor, offset, size, image) != crc32:
                 raise self._damage(opened[shard], shard)
         return torch.from_numpy(images), torch.from_numpy(index.label[ids])
@@ -508,14 +536,13 @@ class Reader:
         self.files = {}
 
     def _open(self, number: int) -> _File:
-        shard = self.index.shards[number]
-        if self.store.local is None:
-            return self.cache.open(self.store, shard) if self.cache else _in_memory(self.store, shard)
-        path = self.store.local / shard.name
+        shard, store = self.index.shards[number], self.store
         try:
-            file = _File(os.open(path, os.O_RDONLY), str(path))
+            if store.local is None:
+                return self.cache.open(store, shard) if self.cache else _in_memory(store, shard)
+            file = _File(os.open(store.local / shard.name, os.O_RDONLY), str(store.local / shard.name))
         except FileNotFoundError:
-            raise StorageError(f"shard {path} is missing: {_REPAIR}") from None
+            raise StorageError(f"shard {store}/{shard.name} is missing: {_REPAIR}") from None
         if not _verify(file, shard):
             raise self._damage(file, number)
         return file
@@ -523,24 +550,21 @@ class Reader:
     def _damage(self, file: _File, number: int) -> StorageError:
         """The error that says what is wrong with a shard, down to the sample."""
         index, shard = self.index, self.index.shards[number]
-        length = os.fstat(file.descriptor).st_size
         what = "bytes between its samples differ"
         for i in range(int(index.starts[number]), int(index.starts[number + 1])):
             data = os.pread(file.descriptor, int(index.size[i]), int(index.offset[i]))
             if zlib.crc32(data) != index.crc32[i]:
                 fault = "is cut off" if len(data) < index.size[i] else "does not match its checksum"
-                what = f"sample {i} (number {i - int(index.starts[number])} of {shard.num_samples} in it) {fault}"
+                place = i - int(index.starts[number])
+                what = f"sample {i} (number {place} of {shard.num_samples} in it) {fault}"
                 break
         length = os.fstat(file.descriptor).st_size
         if length != shard.bytes:
             what += f", the file has {length} bytes instead of {shard.bytes}"
         if file.evict:
             file.evict.unlink(missing_ok=True)
-            return StorageError(f"{file.where} is damaged: {what}; it was removed, the next run fetches it anew")
+            return StorageError(f"{file.where} is damaged: {what}; it was removed, run the command again")
         return StorageError(f"shard {file.where} is damaged: {what}; {_REPAIR}")
-
-
-_REPAIR = "run the same pipeline.prepare command again to write it anew (pipeline.prepare --verify lists all damage)"
 
 
 def _read_raw(descriptor: int, offset: int, size: int, image: np.ndarray) -> int:
@@ -554,9 +578,11 @@ def _read_png(descriptor: int, offset: int, size: int, image: np.ndarray) -> int
     from PIL import Image
 
     data = os.pread(descriptor, size, offset)
-    with contextlib.suppress(OSError, ValueError, SyntaxError):  # damage shows in the CRC
+    try:
         pixels = np.asarray(Image.open(io.BytesIO(data)))
         image[:] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    except (OSError, ValueError, SyntaxError):
+        return -1  # no CRC
     return zlib.crc32(data)
 
 
@@ -577,7 +603,7 @@ def samples(
         reader.close()
 
 
-# --- the stream ------------------------------------------------------------------------------------------------
+# --- the stream ---
 
 
 @dataclass(frozen=True)
@@ -607,13 +633,13 @@ def stream(
     workers: int = 2,
     ahead: int = 4,
     cache: Cache | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Rows lo..hi-1 of every global batch from `position` on, for ever.
 
-    `position` counts samples since the run began and `batch_size` those of the global batch, so the next position
-    is position + batch_size. Batches straddle epochs; nothing is padded, repeated or dropped. `window` shards are
-    shuffled together. `workers` threads read and decode, up to `ahead` batches in advance; the shards of the next
-    window are fetched meanwhile. Close the iterator to end the threads.
+    `position` counts samples since the run began and `batch_size` those of the global batch, so the next
+    position is position + batch_size. Batches straddle epochs; nothing is padded, repeated or dropped.
+    `window` shards are shuffled together. `workers` threads read and decode, up to `ahead` batches in
+    advance; the shards of the next window are fetched meanwhile. Close the iterator to end the threads.
     """
     hi = batch_size if hi is None else hi
     if not index.num_samples:
@@ -627,10 +653,12 @@ def stream(
     need = sum(sorted(shard.bytes for shard in index.shards)[-2 * window :])
     if cache and store.local is None and cache.max_bytes < need:
         raise ValueError(
-            f"data cache: got {cache.max_bytes} bytes, expected at least {need}, two windows of {window} shards of "
-            f"{store}: raise the limit or shuffle fewer shards together"
+            f"data cache: got {cache.max_bytes} bytes, expected at least {need}, two windows of "
+            f"{window} shards of {store}: raise the limit or shuffle fewer shards together"
         )
-    return _stream(store, index, _Order(index, seed, window), position, batch_size, lo, hi, workers, ahead, cache)
+    return _stream(
+        store, index, _Order(index, seed, window), position, batch_size, lo, hi, workers, ahead, cache
+    )
 
 
 def _stream(
@@ -644,7 +672,7 @@ def _stream(
     workers: int,
     ahead: int,
     cache: Cache | None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     import torch
 
     def load(ids: np.ndarray, first: int, files: dict[int, Future[_File]]) -> Batch:

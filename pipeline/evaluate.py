@@ -76,7 +76,7 @@ def exact_nll(
             return normal(key, index.to(x.device), x.shape[1:]).to(x.dtype)
 
         with torch.no_grad():
-            found = exact_bpd(model, diffusion, x, noise, y, timesteps_per_call=timesteps_per_call)
+            found = exact_bpd(diffusion, model, x, noise, y, timesteps_per_call=timesteps_per_call)
         parts.append([part.double().cpu() for part in (found.total, found.prior, found.vb, found.mse)])
         bar.update(len(index))
     bar.close()

@@ -6,7 +6,7 @@ that it fell to, so any number of workers trains the same run.
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
@@ -56,7 +56,7 @@ class TrainState:
             self.network = DistributedDataParallel(
                 self.model,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,
+                forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
             )
         self.ema = EMA(self.params, config.ema_rates)
@@ -228,9 +228,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 # ------------------------------------------------------------------------------------------- a run
 
 
-def train(config: TrainConfig, world: World) -> str:
+def train(
+    config: TrainConfig, world: World, report: Callable[[int, dict[str, float]], None] | None = None
+) -> str:
     """Train until the horizon or a signal: "finished" or "interrupted". Resumes what is at `config.out`.
 
+    `report` is called with the step and its values at each log line, on every rank.
     Raises ValueError for what the user can mend, StorageError, NonFinite, StaleAttempt.
     """
     run = Store(config.out, config.storage)
@@ -271,7 +274,7 @@ def train(config: TrainConfig, world: World) -> str:
 
         with closing(bar), closing(batches):
             while state.step < steps:
-                world.step = state.step
+                world.at(state.step)
                 if world.stop_agreed():
                     _checkpoint(state, writer, tracker, index, world)
                     if writer and tracker:
@@ -297,6 +300,8 @@ def train(config: TrainConfig, world: World) -> str:
                     if tracker:
                         tracker.log(state.step, values)
                         _show(bar, state.step, steps, values)
+                    if report:
+                        report(state.step, values)
                 if state.step == steps or config.sample_every and state.step % config.sample_every == 0:
                     with clock.stopped():
                         _draw_grid(state, run, tracker, world)

@@ -1,8 +1,9 @@
-"""Write a dataset as shards: `python -m pipeline.prepare digits|imagenet64|folder`, or check one: `--verify URL`.
+"""Write a dataset as shards: `python -m pipeline.prepare digits|imagenet64|folder`, or check one: `--verify
+URL`.
 
-Images are shuffled over the whole split by a hash of the seed, so the same source, seed and options give the same
-bytes. A run that was interrupted is continued by the same command: finished shards whose hash verifies are kept.
-The index is written last, so a dataset without one is not finished.
+Images are shuffled over the whole split by a hash of the seed, so the same source, seed and options give the
+same bytes. A run that was interrupted is continued by the same command: finished shards whose hash verifies
+are kept. The index is written last, so a dataset without one is not finished.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import tyro
 from tqdm import tqdm
 
 from pipeline.data import Encoding, ShardIndex, index_json, load_index, pack_shard, parse_index, permutation
-from pipeline.storage import StorageConfig, Store
+from pipeline.storage import StorageConfig, StorageError, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,9 @@ class ImageNet64(Output):
 class Folder(Output):
     """A tree of PNG and JPEG files; the first level of subfolders are the classes, if there are any.
 
-    Images are turned as their EXIF data says, alpha is flattened on white, the short side is reduced to the wanted
-    size (by halves with a box filter, then bicubic) and the centre cut out. Unreadable files are left out, by name.
+    Images are turned as their EXIF data says, alpha is flattened on white, the short side is reduced to the
+    wanted size (by halves with a box filter, then bicubic) and the centre cut out. Unreadable files are left
+    out, by name.
     """
 
     source: Path
@@ -122,7 +124,7 @@ class Split:
     load: Callable[[int], np.ndarray]
 
 
-# --- sources ---------------------------------------------------------------------------------------------------
+# --- sources ---
 
 
 def digits() -> list[Split]:
@@ -144,10 +146,15 @@ def digits() -> list[Split]:
 
 
 def imagenet64(source: Path, scratch: Path) -> list[Split]:
-    files = {"train": [source / f"train_data_batch_{i}.npz" for i in range(1, 11)], "val": [source / "val_data.npz"]}
+    files = {
+        "train": [source / f"train_data_batch_{i}.npz" for i in range(1, 11)],
+        "val": [source / "val_data.npz"],
+    }
     missing = [path.name for paths in files.values() for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(f"source: {source} lacks {', '.join(missing)}; expected the 11 files of ImageNet 64x64 (npz)")
+        raise ValueError(
+            f"source: {source} lacks {', '.join(missing)}; expected the 11 files of ImageNet 64x64 (npz)"
+        )
     return [_npz_split(name, paths, scratch) for name, paths in files.items()]
 
 
@@ -158,7 +165,9 @@ def _npz_split(name: str, paths: Sequence[Path], scratch: Path) -> Split:
             if not {"data", "labels"} <= set(archive.files):
                 raise ValueError(f"has {', '.join(archive.files)}, expected data and labels")
             labels.append(np.asarray(archive["labels"]).reshape(-1))
-            if not np.issubdtype(labels[-1].dtype, np.integer) or np.any((labels[-1] < 1) | (labels[-1] > 1000)):
+            if not np.issubdtype(labels[-1].dtype, np.integer) or np.any(
+                (labels[-1] < 1) | (labels[-1] > 1000)
+            ):
                 raise ValueError("labels: expected whole numbers from 1 to 1000")
             pixels.append(_map_array(path, "data.npy", scratch))
             if pixels[-1].shape != (len(labels[-1]), 3 * 64 * 64) or pixels[-1].dtype != np.uint8:
@@ -171,7 +180,9 @@ def _npz_split(name: str, paths: Sequence[Path], scratch: Path) -> Split:
         return np.asarray(pixels[part][i - starts[part]]).reshape(3, 64, 64)  # planes R, G, B
 
     classes = np.concatenate(labels).astype(np.int64) - 1
-    content = hashlib.sha256(classes.tobytes() + repr([path.stat().st_size for path in paths]).encode()).hexdigest()
+    content = hashlib.sha256(
+        classes.tobytes() + repr([path.stat().st_size for path in paths]).encode()
+    ).hexdigest()
     names = [str(number) for number in range(1, 1001)]
     return Split(name, "ImageNet 64x64, official npz, box filter", content, (3, 64, 64), names, classes, load)
 
@@ -180,7 +191,9 @@ def _map_array(path: Path, member: str, scratch: Path) -> np.ndarray:
     """An array of an .npz as a file mapping, unpacked into `scratch` if compressed; its CRC is checked."""
     with zipfile.ZipFile(path) as archive, archive.open(member) as packed:
         version = np.lib.format.read_magic(packed)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        header = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
         shape, fortran, dtype = header(packed)
         if dtype.hasobject or fortran:
             raise ValueError(f"{member}: got Python objects or Fortran order, expected a plain array")
@@ -188,15 +201,17 @@ def _map_array(path: Path, member: str, scratch: Path) -> np.ndarray:
         if info.compress_type == zipfile.ZIP_STORED:
             while packed.read(1 << 20):
                 pass
-            with open(path, "rb") as file:  # behind the member's local header
+            with path.open("rb") as file:  # behind the member's local header
                 file.seek(info.header_offset + 26)
                 start += info.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
         else:
             free = shutil.disk_usage(scratch).free
             if free < info.file_size:
-                raise ValueError(f"needs {info.file_size:,} bytes in {scratch}, {free:,} are free: give --scratch")
+                raise ValueError(
+                    f"needs {info.file_size:,} bytes in {scratch}, {free:,} are free: give --scratch"
+                )
             start, target = 0, scratch / f"{path.stem}.raw"
-            with open(target, "wb") as file:
+            with target.open("wb") as file:
                 shutil.copyfileobj(packed, file, 1 << 20)
     return np.memmap(target, dtype, "r", start, shape)
 
@@ -219,8 +234,8 @@ def folder(source: Path, size: int, grey: bool, val_fraction: float) -> list[Spl
     loose = [path for path in files if "/" not in path]
     if class_names and loose:
         raise ValueError(
-            f"source: {source} holds both class folders ({class_names[0]}…) and {len(loose)} images of no class "
-            f"({loose[0]}…): move those into a folder, or away"
+            f"source: {source} holds both class folders ({class_names[0]}…) and {len(loose)} images of "
+            f"no class ({loose[0]}…): move those into a folder, or away"
         )
     numbers = {name: i for i, name in enumerate(class_names)}
     order = permutation(len(files), "folder split")
@@ -281,43 +296,48 @@ def load_image(path: Path, size: int, grey: bool = False) -> np.ndarray:
     return pixels[None] if grey else pixels.transpose(2, 0, 1)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------
+# --- writing ---
 
 
 def write_split(store: Store, split: Split, options: Output) -> tuple[ShardIndex, list[str]]:
-    """Write the shards that are not there yet, then the index; returns it and the files that were left out."""
-    settings = [split.fingerprint, options.seed, options.encoding, options.shard_size, split.shape, *split.class_names]
+    """Write the shards that are not there yet, then the index; returns it and what was left out, by line."""
+    settings = [
+        split.fingerprint,
+        options.seed,
+        options.encoding,
+        options.shard_size,
+        split.shape,
+        *split.class_names,
+    ]
     recipe = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
-    index_name, partial = f"{split.name}.index.json", f"partial/{split.name}-"
-    finished, order = _finished(store, index_name, partial, recipe), permutation(len(split.labels), "write", options.seed)
+    finished = _finished(store, split.name, recipe)
+    order = permutation(len(split.labels), "write", options.seed)
 
     def write(number: int) -> dict[str, Any]:
-        name = f"{split.name}-{number:05d}.tar"
-        chosen = order[number * options.shard_size : (number + 1) * options.shard_size]
-        entry = finished.get(name)
-        if entry is None or not _intact(store, entry):
-            skipped: list[str] = []
-            data, entry = pack_shard(_load(split, chosen, number * options.shard_size, skipped, bar), options.encoding)
-            entry |= {"name": name}
-            if entry["label"]:
-                store.write(name, data)
-            report = {"recipe": recipe, "entry": entry, "skipped": skipped}
-            store.write(f"{partial}{number:05d}.json", json.dumps(report).encode())
-            unreadable.extend(skipped)
-        else:
+        """A shard's report: its entry of the index and the files left out."""
+        name, first = f"{split.name}-{number:05d}.tar", number * options.shard_size
+        chosen = order[first : first + options.shard_size]
+        if name in finished and _intact(store, finished[name]["entry"]):
             bar.update(len(chosen))
-        return entry
+            return finished[name]
+        skipped: list[str] = []
+        data, entry = pack_shard(_load(split, chosen, first, skipped, bar), options.encoding)
+        if entry["label"]:
+            store.write(name, data)
+        report = {"recipe": recipe, "entry": {"name": name, **entry}, "skipped": skipped}
+        store.write(name.replace(".tar", _PART), json.dumps(report).encode())
+        return report
 
-    unreadable: list[str] = [name for entry in finished.values() for name in entry.pop("skipped")]
     pool = ThreadPoolExecutor(options.workers)
     with tqdm(total=len(order), desc=split.name, unit="image", **_BAR) as bar:
         try:
-            entries = list(pool.map(write, range(-(-len(order) // options.shard_size))))
+            reports = list(pool.map(write, range(-(-len(order) // options.shard_size))))
         finally:
             pool.shutdown(cancel_futures=True)
-    entries = [entry for entry in entries if entry["label"]]
+    entries = [report["entry"] for report in reports if report["entry"]["label"]]
+    unreadable = sorted(name for report in reports for name in report["skipped"])
     if not entries:
-        raise ValueError(f"none of the {len(order)} images could be read: {'; '.join(sorted(unreadable)[:3])}")
+        raise ValueError(f"none of the {len(order)} images could be read: {'; '.join(unreadable[:3])}")
     index = index_json(
         entries,
         split=split.name,
@@ -327,10 +347,10 @@ def write_split(store: Store, split: Split, options: Output) -> tuple[ShardIndex
         shape=split.shape,
         class_names=split.class_names,
     )
-    store.write(index_name, index)
-    for name in store.list(partial):
+    store.write(f"{split.name}.index.json", index)
+    for name in _parts(store, split.name):
         store.delete(name)
-    return parse_index(index, index_name), sorted(unreadable)
+    return parse_index(index, f"{split.name}.index.json"), unreadable
 
 
 def _load(
@@ -344,20 +364,27 @@ def _load(
         bar.update()
 
 
-def _finished(store: Store, index_name: str, partial: str, recipe: str) -> dict[str, dict[str, Any]]:
-    """The entries of shards that an earlier run wrote, by name; ValueError if it was of another dataset."""
-    if store.exists(index_name):
-        content = json.loads(store.read(index_name))
-        found = [(content["recipe"], {**entry, "skipped": []}) for entry in content["shards"]]
-    else:
-        reports = [json.loads(store.read(name)) for name in store.list(partial)]
-        found = [(report["recipe"], {**report["entry"], "skipped": report["skipped"]}) for report in reports]
-    if any(other != recipe for other, _ in found):
+def _finished(store: Store, split: str, recipe: str) -> dict[str, dict[str, Any]]:
+    """The reports of shards that an earlier run wrote, by name; ValueError if it was of another dataset."""
+    found = [json.loads(store.read(name)) for name in _parts(store, split)]
+    with contextlib.suppress(FileNotFoundError):
+        data = store.read(f"{split}.index.json")
+        try:
+            earlier = parse_index(data, f"{split}.index.json").recipe
+            entries = json.loads(data)["shards"]
+            found += [{"recipe": earlier, "entry": entry, "skipped": []} for entry in entries]
+        except StorageError as error:
+            print(f"{error}; writing all of {split} anew", file=sys.stderr)
+    if any(report["recipe"] != recipe for report in found):
         raise ValueError(
-            f"out: {store} already holds {'a' if store.exists(index_name) else 'a part of a'} dataset of another source "
-            "or other options; choose another --out, or delete that one"
+            f"out: {store} holds {split} shards of another source or other options; choose another "
+            "--out, or delete that dataset"
         )
-    return {entry["name"]: entry for _, entry in found}
+    return {report["entry"]["name"]: report for report in found}
+
+
+def _parts(store: Store, split: str) -> list[str]:
+    return [name for name in store.list(f"{split}-") if name.endswith(_PART)]
 
 
 def _intact(store: Store, entry: dict[str, Any]) -> bool:
@@ -371,9 +398,9 @@ def _intact(store: Store, entry: dict[str, Any]) -> bool:
         return False
 
 
-def prepare_digits(out_url: str, config: StorageConfig = StorageConfig(), **options: Any) -> None:
-    """Write the digits dataset (train and val) to a URL; does nothing but check it where it is already there."""
-    prepare(Digits(out=out_url, storage=config))
+def prepare_digits(out_url: str, config: StorageConfig | None = None) -> None:
+    """Write the digits dataset (train and val) to a URL, or repair it where it is already there."""
+    prepare(Digits(out=out_url, storage=config or StorageConfig()))
 
 
 def prepare(options: Digits | ImageNet64 | Folder) -> None:
@@ -382,7 +409,9 @@ def prepare(options: Digits | ImageNet64 | Folder) -> None:
     store.check(write=True)
     with contextlib.ExitStack() as stack:
         if isinstance(options, ImageNet64):
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="imagenet64-", dir=options.scratch))
+            scratch = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="imagenet64-", dir=options.scratch)
+            )
             splits = imagenet64(options.source, Path(scratch))
         elif isinstance(options, Folder):
             splits = folder(options.source, options.size, options.grey, options.val_fraction)
@@ -392,18 +421,23 @@ def prepare(options: Digits | ImageNet64 | Folder) -> None:
             index, unreadable = write_split(store, split, options)
             print(card(index), flush=True)
             if unreadable:
-                print(f"  {len(unreadable)} files could not be read and were left out:", *unreadable, sep="\n    ")
+                print(f"  {len(unreadable)} files could not be read and were left out:")
+                print(
+                    *(f"    {line}" for line in unreadable[:50]), *["    …"][: len(unreadable) > 50], sep="\n"
+                )
     print(f"wrote {store.url}")
 
 
-# --- checking --------------------------------------------------------------------------------------------------
+# --- checking ---
 
 
 def card(index: ShardIndex) -> str:
     """A few lines for a person: counts, classes, source, digest, bytes."""
     counts = np.bincount(index.label, minlength=max(index.num_classes, 1))
     names = ", ".join(index.class_names[:10]) + ("…" if index.num_classes > 10 else "")
-    classes = f"{index.num_classes} ({names}), {counts.min()} to {counts.max()} images each" if names else "none"
+    classes = (
+        f"{index.num_classes} ({names}), {counts.min()} to {counts.max()} images each" if names else "none"
+    )
     total = sum(shard.bytes for shard in index.shards)
     return "\n".join(
         [
@@ -417,8 +451,10 @@ def card(index: ShardIndex) -> str:
 
 
 def verify(store: Store) -> list[str]:
-    """Check size, sha256 and every sample of every shard, print the card; returns what is damaged, a line each."""
-    splits = [n.removesuffix(".index.json") for n in store.list() if n.endswith(".index.json") and "/" not in n]
+    """Check every shard's size and sha256, print the card; returns what is damaged, a line for each shard."""
+    splits = [
+        n.removesuffix(".index.json") for n in store.list() if n.endswith(".index.json") and "/" not in n
+    ]
     if not splits:
         raise ValueError(f"url: {store} holds no dataset (no *.index.json)")
     damage = []
@@ -441,7 +477,12 @@ def verify(store: Store) -> list[str]:
     return damage
 
 
-_BAR: dict[str, Any] = {"file": sys.stderr, "mininterval": 0.2 if sys.stderr.isatty() else 15.0, "dynamic_ncols": True}
+_PART = ".part.json"  # beside a finished shard until the index is written
+_BAR: dict[str, Any] = {
+    "file": sys.stderr,
+    "mininterval": 0.2 if sys.stderr.isatty() else 15.0,
+    "dynamic_ncols": True,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -462,7 +503,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         damage = verify(Store(options.url, options.storage))
         for line in damage:
             print(f"error: {line}", file=sys.stderr)
-        print("every hash is right" if not damage else "run the same pipeline.prepare command again to repair it")
+        print(
+            "every hash is right"
+            if not damage
+            else "run the same pipeline.prepare command again to repair it"
+        )
         return 1 if damage else 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """One flat key space under a URL: a local directory, ``s3://bucket/prefix`` or any other fsspec URL.
 
-Every operation is whole: it succeeds, or it is tried again until the store's own deadline, or it fails with one
-`StorageError` that says what to do. Writes are atomic for readers, on every backend.
+Every operation is whole: it succeeds, or it is tried again until the store's own deadline, or it fails with
+one `StorageError` that says what to do. Writes are atomic for readers, on every backend.
 """
 
 from __future__ import annotations
@@ -29,58 +29,64 @@ STALE_S = 3600.0  # a temporary file untouched for so long belongs to a process 
 
 
 class StorageError(OSError):
-    """A storage operation failed for good; the message is for the person. `errno` is set where the cause had one."""
+    """A storage operation failed for good; the message is for the person. `errno` is the cause's, if any."""
+
+
+class DamagedError(StorageError):
+    """The store holds something else than what was written."""
 
 
 @dataclass(frozen=True)
 class StorageConfig:
-    """How to reach a store. Credentials come only from the usual chain (environment, profile, instance role)."""
+    """How to reach a store. Credentials come from the usual chain: environment, profile, instance role."""
 
     endpoint_url: str | None = None
     """Address of an S3-compatible server, e.g. http://127.0.0.1:8333; without it, AWS."""
     profile: str | None = None
     """Profile of ~/.aws/credentials to use for s3:// URLs."""
     deadline_s: float = 300.0
-    """Seconds for one operation including all its retries; after that it fails."""
+    """Seconds for which an operation that fails is tried again."""
 
     def __post_init__(self) -> None:
         if not self.deadline_s > 0:
             raise ValueError(f"storage.deadline_s: got {self.deadline_s}, expected seconds above 0")
         if self.endpoint_url is not None:
             if not re.match(r"https?://[^/]", self.endpoint_url):
-                got = _mask(self.endpoint_url)
-                raise ValueError(f"storage.endpoint_url: got {got!r}, expected http://host[:port] or https://…")
-            if _mask(self.endpoint_url) != self.endpoint_url:
+                got = mask(self.endpoint_url)
                 raise ValueError(
-                    f"storage.endpoint_url: got {_mask(self.endpoint_url)}, which carries credentials; give them by "
-                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or by a profile, never in the address"
+                    f"storage.endpoint_url: got {got!r}, expected http://host[:port] or https://…"
+                )
+            if mask(self.endpoint_url) != self.endpoint_url:
+                raise ValueError(
+                    f"storage.endpoint_url: got {mask(self.endpoint_url)}, which carries credentials; "
+                    "give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, never in the address"
                 )
 
 
 class Store:
     """Named byte strings under `url`.
 
-    Names are relative, with "/" between parts; those whose last part starts with a dot are the store's own and
-    are never listed. Operations raise FileNotFoundError for a missing name and StorageError for everything else.
-    A Store may be used from several threads and is safe to use after a fork.
+    Names are relative, with "/" between parts; those whose last part starts with a dot are the store's own
+    and are never listed. Operations raise FileNotFoundError for a missing name and StorageError for
+    everything else. A Store may be used from several threads and is safe to use after a fork.
     """
 
-    def __init__(self, url: str | os.PathLike[str], config: StorageConfig = StorageConfig()) -> None:  # noqa: B008
+    def __init__(self, url: str | os.PathLike[str], config: StorageConfig = StorageConfig()) -> None:
         self.url = os.fspath(url).rstrip("/") or "/"
         self.config = config
         self._backend: _Local | _S3 | _Fsspec
-        scheme, _, rest = self.url.rpartition("://")
+        scheme, _, rest = os.fspath(url).rpartition("://")
         if scheme in ("", "file", "local"):
             self._backend = _Local(Path(rest).expanduser())
         elif scheme in ("s3", "s3a"):
             if not rest.split("/")[0] or "@" in rest.split("/")[0]:
-                raise ValueError(f"storage URL: got {_mask(self.url)!r}, expected s3://bucket/prefix")
-            self._backend = _S3(rest, config)
+                raise ValueError(f"storage URL: got {mask(self.url)!r}, expected s3://bucket/prefix")
+            self._backend = _S3(rest.rstrip("/"), config)
         else:
             self._backend = _Fsspec(self.url)
 
-    def __repr__(self) -> str:
-        return f"Store({_mask(self.url)!r})"
+    def __str__(self) -> str:
+        return mask(self.url)
 
     @property
     def local(self) -> Path | None:
@@ -92,14 +98,14 @@ class Store:
         return Store(f"{self.url}/{_checked(name)}", self.config)
 
     def read(self, name: str, sha256: str | None = None) -> bytes:
-        """The whole object. With `sha256` (hex), damage in transit is read again and damage at rest is an error."""
+        """The whole object. With `sha256` (hex), damage in transit is read again; at rest it is an error."""
         parts: list[bytes] = []
         self._fetch(name, parts.clear, parts.append, sha256)
         return b"".join(parts)
 
     def download(self, name: str, local_path: str | os.PathLike[str], sha256: str | None = None) -> None:
         """Copy an object to a local file, a few MB in memory at a time; `sha256` as in `read`. Not atomic."""
-        with _local_disk(local_path), open(local_path, "wb") as file:
+        with _local_disk(local_path), Path(local_path).open("wb") as file:
 
             def rewind() -> None:
                 file.seek(0)
@@ -114,17 +120,17 @@ class Store:
     def write(self, name: str, data: bytes) -> None:
         """Put an object; readers see the old or the new one, never half."""
         key = _checked(name)
-        self._retry("write", name, lambda left: self._backend.put(key, data, left))
+        self._retry("write", name, lambda: self._backend.put(key, data))
 
     def create(self, name: str, data: bytes) -> bool:
         """Put an object only where none is: True if it now holds `data`, False if it holds other bytes.
 
-        Of several writers with different bytes exactly one gets True. A put that won but whose reply was lost is
-        recognised by reading back, so racing writers must write bytes that differ (a random token will do).
+        Of several writers with different bytes exactly one gets True. A put that won but whose reply was lost
+        is recognised by reading back, so racing writers must write bytes that differ, say by a random token.
         """
         key = _checked(name)
         for _ in range(8):
-            if self._retry("create", name, lambda left: self._backend.create(key, data, left)):
+            if self._retry("create", name, lambda: self._backend.create(key, data)):
                 return True
             with contextlib.suppress(FileNotFoundError):  # deleted since: then once more
                 return self.read(name) == data
@@ -132,13 +138,13 @@ class Store:
 
     def list(self, prefix: str = "") -> list[str]:
         """All names that start with `prefix`, sorted; never from a cache."""
-        names = self._retry("list", prefix, lambda left: self._backend.names(prefix, left))
+        names = self._retry("list", prefix, lambda: self._backend.names(prefix))
         return sorted(n for n in names if n.startswith(prefix) and not n.rpartition("/")[2].startswith("."))
 
     def size(self, name: str) -> int:
         """Bytes of an object."""
         key = _checked(name)
-        return self._retry("size", name, lambda left: self._backend.size(key, left))
+        return self._retry("size", name, lambda: self._backend.size(key))
 
     def exists(self, name: str) -> bool:
         try:
@@ -150,30 +156,29 @@ class Store:
     def delete(self, name: str) -> None:
         """Remove an object; one that is not there is no error."""
         key = _checked(name)
-        self._retry("delete", name, lambda left: self._backend.delete(key, left))
+        self._retry("delete", name, lambda: self._backend.delete(key))
 
     def check(self, write: bool) -> None:
         """Fail within seconds, with advice, where this store cannot be read (or written, if `write`)."""
         quick = Store(self.url, replace(self.config, deadline_s=min(self.config.deadline_s, 8.0)))
+        if not (write and self.local):  # some servers would create a missing bucket: so look before writing
+            quick._retry("list", "", quick._backend.probe)
         if write:
             quick.write(".write-check", b"")
             quick.delete(".write-check")
-        elif self.local is not None:
-            if not os.access(self.local, os.R_OK | os.X_OK) or not self.local.is_dir():
-                raise StorageError(f"{self.local} is not a directory that can be read: check the path and its owner")
-        else:
-            quick._retry("list", "", lambda left: quick._backend.names("", left, limit=1))
 
     def _where(self, name: str) -> str:
-        return _mask(f"{self.url}/{name}")
+        return f"{self}/{name}"
 
-    def _fetch(self, name: str, rewind: Callable[[], None], write: Callable[[bytes], object], sha256: str | None) -> None:
+    def _fetch(
+        self, name: str, rewind: Callable[[], None], write: Callable[[bytes], object], sha256: str | None
+    ) -> None:
         key = _checked(name)
         wrong: set[tuple[int, str]] = set()
 
-        def attempt(left: float) -> None:
+        def attempt() -> None:
             rewind()
-            (size, etag), chunks = self._backend.chunks(key, left)
+            (size, etag), chunks = self._backend.chunks(key)
             got, expected = 0, sha256 or etag
             digest = hashlib.new("sha256" if sha256 else "md5", usedforsecurity=False)
             for chunk in chunks:
@@ -185,12 +190,12 @@ class Store:
                 raise ConnectionError(f"got {got} of {size} bytes")
             if expected is None or digest.hexdigest() == expected:
                 return
-            # Damage in transit hardly strikes twice in the same way: two equal bodies are what the store holds.
+            # Damage in transit hardly strikes twice alike: two equal bodies are what the store holds.
             seen = (got, digest.hexdigest())
-            if seen in wrong and got == self._backend.size(key, left):
+            if seen in wrong and got == self._backend.size(key):
                 if sha256 is None:
                     return  # an ETag that is not an MD5, as some servers give
-                raise StorageError(
+                raise DamagedError(
                     f"{self._where(name)} is damaged in the store: its sha256 is {seen[1][:16]}…, expected "
                     f"{sha256[:16]}…; put back the right object, or write it again"
                 )
@@ -199,13 +204,12 @@ class Store:
 
         self._retry("read", name, attempt)
 
-    def _retry(self, verb: str, name: str, attempt: Callable[[float], T]) -> T:
-        """Call `attempt(seconds left)` until it succeeds, fails for good, or the deadline has passed."""
+    def _retry(self, verb: str, name: str, attempt: Callable[[], T]) -> T:
+        """Call `attempt` until it succeeds, fails for good, or fails when the deadline has passed."""
         start, tries = time.monotonic(), 0
         while True:
-            left = self.config.deadline_s - (time.monotonic() - start)
             try:
-                return attempt(max(left, 0.1))
+                return attempt()
             except StorageError:
                 raise
             except FileNotFoundError as error:
@@ -220,9 +224,10 @@ class Store:
                 wait = min(0.1 * 2 ** min(tries, 8), 10.0) * random.uniform(0.5, 1.0)
                 spent = time.monotonic() - start
                 if spent + wait >= self.config.deadline_s:
-                    after = f"gave up after {tries} tries in {spent:.0f} s; is the server up, and its address right?"
-                    raise self._failure(verb, name, error, after) from error
-                _log_burst(_mask(self.url), f"{verb} {name}: {_describe(error)}", self.config.deadline_s)
+                    hint = "is the disk sound?" if self.local else "is the server up, and its address right?"
+                    gave_up = f"gave up after {tries} tries in {spent:.0f} s; {hint}"
+                    raise self._failure(verb, name, error, gave_up) from error
+                _log_burst(str(self), f"{verb} {name}: {_describe(error)}", self.config.deadline_s)
                 time.sleep(wait)
 
     def _failure(self, verb: str, name: str, error: Exception, advice: str) -> StorageError:
@@ -237,8 +242,8 @@ class _Local:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def chunks(self, key: str, left: float) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
-        file = open(self.root / key, "rb")  # noqa: SIM115 - closed by the generator
+    def chunks(self, key: str) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
+        file = (self.root / key).open("rb")
 
         def parts() -> Iterator[bytes]:
             with file:
@@ -247,11 +252,11 @@ class _Local:
 
         return (os.fstat(file.fileno()).st_size, None), parts()
 
-    def put(self, key: str, data: bytes, left: float) -> None:
+    def put(self, key: str, data: bytes) -> None:
         with self._temporary(key, data) as temporary:
             os.replace(temporary, self.root / key)
 
-    def create(self, key: str, data: bytes, left: float) -> bool:
+    def create(self, key: str, data: bytes) -> bool:
         with self._temporary(key, data) as temporary:
             try:
                 os.link(temporary, self.root / key)
@@ -259,16 +264,20 @@ class _Local:
                 return False
         return True
 
-    def names(self, prefix: str, left: float, limit: int | None = None) -> list[str]:
+    def names(self, prefix: str) -> list[str]:
         found = []
         for folder, _, files in os.walk(self.root / prefix.rpartition("/")[0]):
             found += [str((Path(folder) / file).relative_to(self.root).as_posix()) for file in files]
         return found
 
-    def size(self, key: str, left: float) -> int:
+    def probe(self) -> None:
+        if not (self.root.is_dir() and os.access(self.root, os.R_OK | os.X_OK)):
+            raise StorageError(f"{self.root} is not a directory that can be read: check path and mode")
+
+    def size(self, key: str) -> int:
         return (self.root / key).stat().st_size
 
-    def delete(self, key: str, left: float) -> None:
+    def delete(self, key: str) -> None:
         (self.root / key).unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -283,7 +292,7 @@ class _Local:
                             os.unlink(entry.path)
         temporary = folder / f".{secrets.token_hex(8)}.tmp"
         try:
-            with open(temporary, "xb") as file:
+            with temporary.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -306,9 +315,9 @@ class _Fsspec:
         try:
             self.fs, self.root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
-            raise ValueError(f"storage URL: {_mask(url)!r}: {_mask(str(error))}") from error
+            raise ValueError(f"storage URL: {mask(url)!r}: {mask(str(error))}") from error
 
-    def chunks(self, key: str, left: float) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
+    def chunks(self, key: str) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
         file = self.fs.open(f"{self.root}/{key}", "rb")
 
         def parts() -> Iterator[bytes]:
@@ -318,12 +327,12 @@ class _Fsspec:
 
         return (getattr(file, "size", None), None), parts()
 
-    def put(self, key: str, data: bytes, left: float) -> None:
+    def put(self, key: str, data: bytes) -> None:
         path = f"{self.root}/{key}"
         self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         self.fs.pipe_file(path, data)
 
-    def create(self, key: str, data: bytes, left: float) -> bool:
+    def create(self, key: str, data: bytes) -> bool:
         path = f"{self.root}/{key}"
         self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         try:
@@ -332,16 +341,19 @@ class _Fsspec:
             return False
         return True
 
-    def names(self, prefix: str, left: float, limit: int | None = None) -> list[str]:
+    def names(self, prefix: str) -> list[str]:
         self.fs.invalidate_cache()
         found = self.fs.find(f"{self.root}/{prefix.rpartition('/')[0]}".rstrip("/"))
         return [path.removeprefix(self.root).lstrip("/") for path in found]
 
-    def size(self, key: str, left: float) -> int:
+    def probe(self) -> None:
+        self.names("")
+
+    def size(self, key: str) -> int:
         self.fs.invalidate_cache()
         return int(self.fs.size(f"{self.root}/{key}"))
 
-    def delete(self, key: str, left: float) -> None:
+    def delete(self, key: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(f"{self.root}/{key}")
 
@@ -352,30 +364,33 @@ class _S3:
     def __init__(self, path: str, config: StorageConfig) -> None:
         self.bucket, _, self.prefix = path.partition("/")
         self.config = config
+        # Seconds of silence before an attempt ends.
+        self.patience = min(20.0, max(1.0, config.deadline_s / 6))
 
-    def chunks(self, key: str, left: float) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
-        response = self._call("get_object", left, Key=self._key(key))
-        body, end = response["Body"], time.monotonic() + left
-        etag = response.get("ETag", "").strip('"')
-        plain = not response.get("SSECustomerAlgorithm") and response.get("ServerSideEncryption") in (None, "AES256")
+    def chunks(self, key: str) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
+        response = self._call("get_object", Key=self._key(key))
+        body, etag = response["Body"], response.get("ETag", "").strip('"')
+        # The ETag of an object put in one piece and not encrypted by a key of one's own is its MD5.
+        own_key = "SSECustomerAlgorithm" in response or "SSEKMSKeyId" in response
+        md5 = etag if not own_key and re.fullmatch("[0-9a-f]{32}", etag) else None
 
         def parts() -> Iterator[bytes]:
             try:
-                while chunk := self._run(body.read(CHUNK), end - time.monotonic()):
+                while chunk := self._run(body.read(CHUNK)):
                     yield chunk
             finally:
                 body.close()
 
-        # The ETag of an object put in one piece and not encrypted by KMS is its MD5.
-        return (response.get("ContentLength"), etag if plain and re.fullmatch("[0-9a-f]{32}", etag) else None), parts()
+        return (response.get("ContentLength"), md5), parts()
 
-    def put(self, key: str, data: bytes, left: float, mode: str = "overwrite") -> None:
+    def put(self, key: str, data: bytes, mode: str = "overwrite") -> None:
         path = f"{self.bucket}/{self._key(key)}"
-        self._run(self._fs()._pipe_file(path, data, mode=mode, max_concurrency=4), left)
+        coroutine = self._fs()._pipe_file(path, data, mode=mode, max_concurrency=4)
+        self._run(coroutine, len(data) / 1e6)  # no slower than 1 MB/s
 
-    def create(self, key: str, data: bytes, left: float) -> bool:
+    def create(self, key: str, data: bytes) -> bool:
         try:
-            self.put(key, data, left, mode="create")
+            self.put(key, data, mode="create")
         except FileExistsError:
             return False
         except OSError as error:
@@ -384,42 +399,49 @@ class _S3:
             return False
         return True
 
-    def names(self, prefix: str, left: float, limit: int | None = None) -> list[str]:
-        end, found, token = time.monotonic() + left, [], dict[str, str]()
+    def names(self, prefix: str) -> list[str]:
+        found: list[str] = []
+        token: dict[str, str] = {}
         while True:
-            arguments = {**token, **({"MaxKeys": limit} if limit else {})}
-            page = self._call("list_objects_v2", end - time.monotonic(), Prefix=self._key(prefix), **arguments)
+            page = self._call("list_objects_v2", Prefix=self._key(prefix), **token)
             found += [item["Key"] for item in page.get("Contents", [])]
-            if limit or not page.get("IsTruncated"):
-                start = len(self._key(""))
-                return [key[start:] for key in found if not key.endswith("/")]
+            if not page.get("IsTruncated"):
+                return [key[len(self._key("")) :] for key in found if not key.endswith("/")]
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def size(self, key: str, left: float) -> int:
-        return int(self._call("head_object", left, Key=self._key(key))["ContentLength"])
+    def probe(self) -> None:
+        self._call("list_objects_v2", Prefix=self._key(""), MaxKeys=1)
 
-    def delete(self, key: str, left: float) -> None:
-        self._call("delete_object", left, Key=self._key(key))
+    def size(self, key: str) -> int:
+        return int(self._call("head_object", Key=self._key(key))["ContentLength"])
+
+    def delete(self, key: str) -> None:
+        self._call("delete_object", Key=self._key(key))
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
     def _fs(self) -> Any:
-        return _s3_filesystem(os.getpid(), self.config.endpoint_url, self.config.profile, self.config.deadline_s)
+        return _s3_filesystem(os.getpid(), self.config.endpoint_url, self.config.profile, self.patience)
 
-    def _call(self, method: str, left: float, **arguments: Any) -> Any:
-        return self._run(self._fs()._call_s3(method, Bucket=self.bucket, **arguments), left)
+    def _call(self, method: str, **arguments: Any) -> Any:
+        return self._run(self._fs()._call_s3(method, Bucket=self.bucket, **arguments))
 
-    def _run(self, coroutine: Any, left: float) -> Any:
+    def _run(self, coroutine: Any, extra_s: float = 0.0) -> Any:
         import asyncio
 
-        bounded = asyncio.wait_for(coroutine, max(left, 0.1))
+        bounded = asyncio.wait_for(coroutine, 2 * self.patience + extra_s)
         return asyncio.run_coroutine_threadsafe(bounded, self._fs().loop).result()
 
 
 @functools.lru_cache(maxsize=32)
-def _s3_filesystem(pid: int, endpoint_url: str | None, profile: str | None, deadline_s: float) -> Any:
-    """One s3fs instance a process (it does not survive a fork), with its own retries off: our deadline rules."""
+def _s3_filesystem(
+    pid: int,  # noqa: ARG001 - part of the cache's key
+    endpoint_url: str | None,
+    profile: str | None,
+    patience: float,
+) -> Any:
+    """One s3fs instance a process (none survives a fork), its own retries off: our deadline rules."""
     import s3fs
 
     custom = endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -428,8 +450,8 @@ def _s3_filesystem(pid: int, endpoint_url: str | None, profile: str | None, dead
         use_listings_cache=False,
         skip_instance_cache=True,
         config_kwargs={
-            "connect_timeout": min(5.0, max(1.0, deadline_s / 6)),
-            "read_timeout": min(20.0, max(1.0, deadline_s / 6)),
+            "connect_timeout": min(5.0, patience),
+            "read_timeout": patience,
             "retries": {"total_max_attempts": 1, "mode": "standard"},
             "max_pool_connections": 32,
             **({"s3": {"addressing_style": "path"}} if custom else {}),
@@ -440,10 +462,10 @@ def _s3_filesystem(pid: int, endpoint_url: str | None, profile: str | None, dead
     return fs
 
 
-# --- what an error means ---------------------------------------------------------------------------------------
+# --- what an error means ---
 
 _CREDENTIALS = (
-    "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the profile (--storage.profile), or the machine's role"
+    "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, --storage.profile, or the role of the machine"
 )
 _ADVICE = {
     "NoSuchBucket": "create the bucket, or check its name and the endpoint (--storage.endpoint-url)",
@@ -464,10 +486,11 @@ _ERRNO_ADVICE = {
     errno.EACCES: "no permission: check the owner and mode of the directory, or choose another",
     errno.EPERM: "not permitted here: check the directory's owner, and that its file system knows hard links",
     errno.ENOTDIR: "a part of the path is a file: choose another path",
+    errno.EEXIST: "a part of the path is a file: choose another path",
     errno.EISDIR: "the path is a directory: choose another name",
     errno.ENAMETOOLONG: "choose a shorter path",
 }
-_TRANSIENT = {"RequestTimeout", "SlowDown", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload"}
+_TRANSIENT = {"RequestTimeout", "SlowDown", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -493,7 +516,9 @@ def _advice(error: Exception) -> str | None:
             code, status = _code(cause), response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             if code in _ADVICE:
                 return _ADVICE[str(code)]
-            if status in (301, 501) or (400 <= status < 500 and status not in (408, 409, 429) and code not in _TRANSIENT):
+            if status in (301, 501) or (
+                400 <= status < 500 and status not in (408, 409, 429) and code not in _TRANSIENT
+            ):
                 return "the server refuses this request: check the endpoint, the region and the bucket"
             return None
     if isinstance(error, OSError) and error.errno in _ERRNO_ADVICE:
@@ -506,10 +531,10 @@ def _advice(error: Exception) -> str | None:
 def _describe(error: BaseException) -> str:
     code = _code(error)
     text = f"{code}: {error}" if code and code not in str(error) else str(error) or type(error).__name__
-    return _mask(" ".join(text.split()))[:300]
+    return mask(" ".join(text.split()))[:300]
 
 
-def _mask(text: str) -> str:
+def mask(text: str) -> str:
     """The text without user:password@ of an address and without signatures of a query."""
     text = re.sub(r"(?<=://)[^/@\s\"']+@", "***@", text)
     return re.sub(r"(?i)((?:signature|token|credential|secret)[\w-]*=)[^&\s\"']+", r"\1***", text)
@@ -523,7 +548,8 @@ def _local_disk(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, StorageError) or error.errno is None or _code(error):
             raise
-        failure = StorageError(f"cannot write {os.fspath(path)}: {_describe(error)}; {_ERRNO_ADVICE.get(error.errno, '')}")
+        advice = _ERRNO_ADVICE.get(error.errno, "check that directory")
+        failure = StorageError(f"cannot write {os.fspath(path)}: {_describe(error)}; {advice}")
         failure.errno = error.errno
         raise failure from error
 
@@ -538,7 +564,7 @@ _burst: dict[str, tuple[float, int]] = {}
 
 
 def _log_burst(url: str, text: str, deadline_s: float) -> None:
-    """One line for a burst of failures: the first at once, later ones at most once a minute, with their number."""
+    """One line for a burst of failures: the first at once, then at most one a minute, with their number."""
     now = time.monotonic()
     last, count = _burst.get(url, (float("-inf"), 0))
     if now - last < 60.0:

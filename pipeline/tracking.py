@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import tyro
 
 from pipeline.config import TrackingConfig, flatten, parse_flags
+from pipeline.storage import mask
 
 JOURNAL = "journal.jsonl"
 BATCH = 200  # journal lines shipped at once
@@ -34,12 +35,6 @@ def journal_dir(out: str) -> Path:
     if out.startswith("file://"):
         return Path(urlsplit(out).path)
     return Path("runs") / f"{out.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
-
-
-def mask(uri: str) -> str:
-    """A URI without the password that it may carry."""
-    parts = urlsplit(uri)
-    return uri if "@" not in parts.netloc else parts._replace(netloc=parts.netloc.rsplit("@", 1)[1]).geturl()
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
@@ -306,7 +301,7 @@ def _cut_torn_line(file: Any) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return mask((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
 
 
 @dataclasses.dataclass(frozen=True)

