@@ -16,35 +16,25 @@ class UNetConfig:
     """The U-Net of IDDPM: residual blocks at several resolutions, self-attention at some of them."""
 
     image_size: int = 64
-    """Height and width of the images, in pixels. A multiple of 2^(levels - 1), levels being the length of
-    channel_mult.
-    """
+    """Height and width of the images, in pixels; a multiple of 2^(levels - 1)."""
     in_channels: int = 3
     """Channels of the images: 3 for RGB, 1 for grey."""
     channels: int = 128
-    """Width C of the first level. A multiple of 32 (GroupNorm has 32 groups). Parameters and FLOPs grow with
-    its square.
-    """
+    """Width C of the first level, a multiple of 32. Parameters and FLOPs grow with its square."""
     channel_mult: tuple[int, ...] = (1, 2, 3, 4)
     """Width of each level in multiples of `channels`; each level after the first halves the resolution."""
     num_res_blocks: int = 3
     """Residual blocks per level on the way down (one more on the way up), 1 or more."""
     attention_resolutions: tuple[int, ...] = (16, 8)
-    """Sizes of the feature maps, in pixels, that get self-attention. Sizes the network never has are ignored;
-    the smallest feature map has attention in the middle of the network in any case.
-    """
+    """Feature maps of these sizes, in pixels, get self-attention; the smallest one has it in any case."""
     num_heads: int = 4
     """Attention heads. Must divide the width of every level that has attention."""
     num_heads_upsample: int | None = None
     """Attention heads on the way up; None: the same as num_heads."""
     scale_shift_norm: bool = True
-    """True: the timestep scales and shifts each block's GroupNorm (IDDPM appendix A). False: it is added to
-    the activations (DDPM).
-    """
+    """Whether the timestep scales and shifts each block's GroupNorm (IDDPM) or is added (DDPM)."""
     dropout: float = 0.0
-    """Dropout probability in the residual blocks, in [0, 1). The paper has 0 on ImageNet 64, 0.1 (linear
-    schedule) or 0.3 (cosine) on CIFAR-10.
-    """
+    """Dropout probability in the residual blocks. The paper: 0 on ImageNet 64, 0.1 to 0.3 on CIFAR-10."""
     num_classes: int | None = None
     """Number of classes of a class-conditional model; None: unconditional."""
 
@@ -99,37 +89,26 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The diffusion process and its loss. The defaults are the paper's L_hybrid on its cosine schedule.
+    """The diffusion process and its loss; the defaults are the paper's L_hybrid on the cosine schedule.
 
-    L_simple is loss=mse with a fixed variance; L_hybrid is loss=rescaled_mse with variance=learned_range;
-    L_vlb is loss=rescaled_kl with variance=learned_range.
+    L_simple: loss=mse and a fixed variance. L_hybrid: loss=rescaled_mse and variance=learned_range; it is L_simple
+    plus T/1000 times L_vlb's term of t in bits/dim, whose gradient reaches the variance alone (loss=mse with a learned
+    variance leaves that term unscaled). L_vlb: loss=rescaled_kl and variance=learned_range; it is T times L_vlb's term
+    of t, on average all of L_vlb in bits/dim (loss=kl: the term alone).
     """
 
     timesteps: int = 4000
     """Number T of diffusion steps. The paper trains with 4000; DDPM had 1000."""
     schedule: Schedule = "cosine"
-    """How the noise grows. linear: DDPM's betas, scaled to any T (T of 21 or more). cosine: IDDPM equation
-    17, which destroys small images more slowly.
-    """
+    """How the noise grows: DDPM's linear betas scaled to T, or IDDPM's cosine (equation 17), which is gentler."""
     mean: Mean = "epsilon"
-    """What the network predicts: the noise that was added (epsilon), the clean image (x_start) or the mean of
-    the previous step (x_prev).
-    """
+    """What the network predicts: the added noise, the clean image, or the mean of the previous step."""
     variance: Variance = "learned_range"
-    """Variance of each reverse step. fixed_small: that of the posterior (beta tilde). fixed_large: beta.
-    learned: the network's second half is the log variance. learned_range: it interpolates between the two in
-    log space (IDDPM equation 15).
-    """
+    """beta tilde, beta, the network's own log variance, or its mix of the two in log space (IDDPM equation 15)."""
     loss: Loss = "rescaled_mse"
-    """What training minimises at a timestep t. mse, fixed variance: L_simple. rescaled_mse, learned variance:
-    L_hybrid, which is L_simple plus T/1000 times L_vlb's term of t in bits/dim, whose gradient reaches only
-    the variance (mse, learned variance: the same, but the term is not scaled). rescaled_kl: T times L_vlb's
-    term of t, on average the whole L_vlb in bits/dim. kl: the term alone.
-    """
+    """What training minimises; the class's description names L_simple, L_hybrid and L_vlb."""
     rescale_timesteps: bool = True
-    """True: the network is told t x 1000/T, a number in [0, 1000). False: t itself, in [0, T) (the paper's
-    class-conditional models).
-    """
+    """Whether the network is told t x 1000/T, or t itself (the paper's class-conditional models)."""
 
     def __post_init__(self) -> None:
         for name, kind in (("schedule", Schedule), ("mean", Mean), ("variance", Variance), ("loss", Loss)):

@@ -1,6 +1,6 @@
 """Exponential moving averages of the weights, at several rates at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ class EMA:
     Starts as a copy of `params`, in their dtype: float32 or wider, since 1 - rate is lost in a narrower one.
     """
 
-    def __init__(self, params: dict[str, Tensor], rates: Sequence[float]):
+    def __init__(self, params: Mapping[str, Tensor], rates: Sequence[float]):
         for rate in rates:
             if not 0 <= rate < 1:
                 raise ValueError(f"ema rate: got {rate}, expected a number in [0, 1), like 0.9999")
         self._averages = {rate: {name: p.detach().clone() for name, p in params.items()} for rate in rates}
 
     @torch.no_grad()
-    def update(self, params: dict[str, Tensor]) -> None:
+    def update(self, params: Mapping[str, Tensor]) -> None:
         """One step towards `params`, which have the names of the start."""
         for rate, average in self._averages.items():
             torch._foreach_lerp_(list(average.values()), [params[name] for name in average], 1 - rate)

@@ -74,7 +74,9 @@ class Checkpoints:
                 continue  # retention got there first, or it is damaged: `newest` then takes one before
         return found
 
-    def newest(self, parts: tuple[str, ...] | None = None, step: int | None = None) -> tuple[Record, Parts] | None:
+    def newest(
+        self, parts: tuple[str, ...] | None = None, step: int | None = None
+    ) -> tuple[Record, Parts] | None:
         """The newest checkpoint (or the one of `step`) whose parts are whole, with them; None where the run has none.
 
         `parts` names those that are read (default: all). Falls back to the checkpoint before where one is damaged.
@@ -95,7 +97,8 @@ class Checkpoints:
             return record, loaded
         if problems:
             raise DamagedCheckpoint(
-                f"{self.store.url}: none of the {len(candidates)} checkpoints is whole. " + "; ".join(problems)
+                f"{self.store.url}: none of the {len(candidates)} checkpoints is whole. "
+                + "; ".join(problems)
             )
         return None
 
@@ -107,7 +110,9 @@ class Checkpoints:
         try:
             data = self.store.read(f"data/{entry['file']}", entry["sha256"])
         except FileNotFoundError:
-            raise DamagedCheckpoint(f"{where}: {entry['file']} is missing from {self.store.url}/data") from None
+            raise DamagedCheckpoint(
+                f"{where}: {entry['file']} is missing from {self.store.url}/data"
+            ) from None
         except DamagedError as error:
             raise DamagedCheckpoint(f"{where}: {error}") from None
         try:
@@ -207,7 +212,11 @@ class Writer:
         for part, tensors in parts.items():
             data = save_safetensors(tensors)
             sha = hashlib.sha256(data).hexdigest()
-            entries[part] = {"file": f"{step:09d}-{sha[:16]}-{part}.safetensors", "bytes": len(data), "sha256": sha}
+            entries[part] = {
+                "file": f"{step:09d}-{sha[:16]}-{part}.safetensors",
+                "bytes": len(data),
+                "sha256": sha,
+            }
             self.store.write(f"data/{entries[part]['file']}", data)
         record = Record(self.sequence + 1, "checkpoint", self.attempt, step, entries, meta)
         if not self.store.create(record.name, _encode(record)):

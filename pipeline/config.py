@@ -82,8 +82,7 @@ class TrainConfig:
     out: str = "runs/digits"
     """Folder or URL for checkpoints and samples. The same command run again resumes what is there."""
     horizon: str = "4000steps"
-    """When training ends: a number with its unit, `4000steps`, `1e6images` or `2.5e18flops` (forward and
-    backward FLOPs, 2 per multiply-accumulate)."""
+    """Where training ends: `4000steps`, `1e6images` or `2.5e18flops` (forward and backward, 2 per MAC)."""
     seed: int = 0
     """Seed of everything: weights, order of the data, timesteps, noise."""
     batch_size: int = 128
@@ -240,11 +239,7 @@ def _file_flags(path: str) -> list[str]:
         raise ValueError(f"--config {path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected a mapping of fields to values, got {type(content).__name__}")
-    return [
-        word
-        for name, value in flatten(content).items()
-        for word in _as_flag(name.removeprefix("launch."), value)
-    ]
+    return [word for name, value in flatten(content).items() for word in _as_flag(name.removeprefix("launch."), value)]
 
 
 def _as_flag(name: str, value: Any) -> list[str]:
@@ -271,18 +266,17 @@ def _positive(config: object, prefix: str, *names: str) -> None:
 # How and where a run is executed is not part of what it is: these may change when it resumes, and may hold
 # what must not be recorded.
 _UNRECORDED = ("storage", "launch", "tracking")
-_MAY_CHANGE = (
-    "out horizon microbatch log_every checkpoint_every keep_last keep_every sample_every sample_count"
-    " sample_steps data.url data.workers data.cache_dir data.cache_gb"
-).split()
+_MAY_CHANGE = {
+    *("out", "horizon", "microbatch", "log_every", "checkpoint_every", "keep_last", "keep_every"),
+    *("sample_every", "sample_count", "sample_steps"),
+    *("data.url", "data.workers", "data.cache_dir", "data.cache_gb"),
+}
 
 
 def record(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain data for checkpoints, the journal and MLflow: no endpoint, no credential."""
     content = dataclasses.asdict(config)
-    return {
-        name: _plain(value) for name, value in content.items() if name not in _UNRECORDED
-    }
+    return {name: _plain(value) for name, value in content.items() if name not in _UNRECORDED}
 
 
 def from_record(content: dict[str, Any]) -> TrainConfig:
@@ -311,7 +305,8 @@ def check_same_run(recorded: dict[str, Any], config: TrainConfig) -> None:
     ]
     if changed:
         raise ValueError(
-            f"--out {config.out} holds a run with another configuration:\n" + "\n".join(changed)
+            f"--out {config.out} holds a run with another configuration:\n"
+            + "\n".join(changed)
             + "\nGive the recorded values to resume it, or another --out to start a new run."
         )
 

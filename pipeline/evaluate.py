@@ -1,10 +1,11 @@
-"""Measure a trained model: `python -m pipeline.evaluate RUN` prints its exact bits/dim on the validation shards."""
+"""Measure a trained model: `python -m pipeline.evaluate RUN` prints exact bits/dim on the validation shards."""
 
 import csv
 import io
 import math
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Annotated
 
 import torch
@@ -128,7 +129,9 @@ def main(config: EvaluateConfig, world: World) -> None:
     index = load_index(store, config.split)
     expected = (run.model.in_channels, run.model.image_size, run.model.image_size)
     if index.shape != expected:
-        raise ValueError(f"{store.url}: its images are {index.shape} (channels, height, width), the run's {expected}")
+        raise ValueError(
+            f"{store.url}: its images are {index.shape} (channels, height, width), the run's {expected}"
+        )
     n = min(config.images or index.num_samples, index.num_samples)
     images, labels = samples(store, index, range(n))
     with autocast(world.device, run.precision):
@@ -147,7 +150,9 @@ def main(config: EvaluateConfig, world: World) -> None:
     if nll is None:
         return
     print(report(nll))
-    print(f"(step {trained.step}, EMA {trained.ema_rate:g}, {n} images of {config.split!r}, seed {config.seed})")
+    print(
+        f"(step {trained.step}, EMA {trained.ema_rate:g}, {n} images of {config.split!r}, seed {config.seed})"
+    )
     if config.out:
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
@@ -166,7 +171,7 @@ def report(nll: Nll) -> str:
         f"  decoder     L_0    {nll.vb[0]:.4f}",
     ]
     edges = sorted({1, *(round(steps * q / 4) for q in (1, 2, 3, 4))})
-    for lo, hi in zip(edges, edges[1:], strict=False):
+    for lo, hi in pairwise(edges):
         label = f"t = {lo}..{hi - 1}"
         lines.append(f"  {label:18s} {nll.vb[lo:hi].sum():.4f}   (noise mse {nll.mse[lo:hi].mean():.4f})")
     return "\n".join(lines)

@@ -26,6 +26,7 @@ def run_under_ray(config: TrainConfig) -> int:
     config = replace(
         config, out=_absolute(config.out), data=replace(config.data, url=_absolute(config.data.url))
     )
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else Ray shows every line twice
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer

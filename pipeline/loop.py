@@ -63,7 +63,9 @@ class TrainState:
         self.optimizer = torch.optim.AdamW(
             self.params.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
-        for p in self.params.values():  # made now, so that a checkpoint is the same before and after the first step
+        for p in (
+            self.params.values()
+        ):  # made now, so that a checkpoint is the same before and after the first step
             self.optimizer.state[p] = {
                 "step": torch.zeros((), device=world.device),
                 "exp_avg": torch.zeros_like(p),
@@ -134,7 +136,7 @@ class Metrics:
         self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=step))
 
     def check_finite(self, world: World) -> None:
-        """Raise NonFinite, on every rank, where the loss or the gradient of a step was not finite. Waits for the device."""
+        """Raise NonFinite, on every rank, where a step's loss or gradient was not finite. Waits for the device."""
         step = -int(max(world.gather(-int(self.bad_step))))
         if step < torch.iinfo(torch.int64).max:
             raise NonFinite(
@@ -148,7 +150,9 @@ class Metrics:
         self.reset()
         names = ("loss", "mse", "vb")
         count = sum(row[0] for row in quartiles)
-        means = {f"train/{name}": sum(row[2 + i] for row in quartiles) / count for i, name in enumerate(names)}
+        means = {
+            f"train/{name}": sum(row[2 + i] for row in quartiles) / count for i, name in enumerate(names)
+        }
         for q, row in enumerate(quartiles):
             if row[0]:
                 means |= {f"train/{name}_q{q}": row[2 + i] / row[1] for i, name in enumerate(names)}
@@ -293,7 +297,9 @@ def train(
 
                 if state.step % DIGEST_EVERY == 0 and state.sampler.needs_losses:
                     digests = world.gather(int(state.sampler.digest()))
-                    assert len(set(digests)) == 1, f"step {state.step}: the timestep samplers differ: {digests}"
+                    assert len(set(digests)) == 1, (
+                        f"step {state.step}: the timestep samplers differ: {digests}"
+                    )
                 if state.step % config.log_every == 0 or state.step == steps:
                     state.metrics.check_finite(world)
                     values = state.metrics.read(world) | clock.read(state)
@@ -302,7 +308,7 @@ def train(
                         _show(bar, state.step, steps, values)
                     if report:
                         report(state.step, values)
-                if state.step == steps or config.sample_every and state.step % config.sample_every == 0:
+                if state.step == steps or (config.sample_every and state.step % config.sample_every == 0):
                     with clock.stopped():
                         _draw_grid(state, run, tracker, world)
                 if state.step == steps or state.step % config.checkpoint_every == 0:
@@ -331,7 +337,9 @@ def _open(config: TrainConfig, run: Store, world: World) -> tuple[ShardIndex, tu
             f"--model.num-classes: got {model.num_classes}, expected at least the {index.num_classes} of the data"
         )
     if config.batch_size < world.size:
-        raise ValueError(f"--batch-size: got {config.batch_size}, expected at least one image for {world.size} ranks")
+        raise ValueError(
+            f"--batch-size: got {config.batch_size}, expected at least one image for {world.size} ranks"
+        )
     if world.rank != 0:
         return index, None
     run.check(write=True)
@@ -399,7 +407,9 @@ def _checkpoint(
     for epoch in [e for e in epochs if (e + 1) * index.num_samples <= state.images]:
         digest = state.epoch_digests.pop(epoch)
         expected = expected_digest(index, epoch)
-        assert digest == expected, f"epoch {epoch} did not have each sample once: digest {digest}, not {expected}"
+        assert digest == expected, (
+            f"epoch {epoch} did not have each sample once: digest {digest}, not {expected}"
+        )
         tracker.epoch(epoch, digest)
     meta = {
         "images": state.images,

@@ -58,8 +58,8 @@ class StorageConfig:
                 )
             if mask(self.endpoint_url) != self.endpoint_url:
                 raise ValueError(
-                    f"storage.endpoint_url: got {mask(self.endpoint_url)}, which carries credentials; "
-                    "give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, never in the address"
+                    f"storage.endpoint_url: {mask(self.endpoint_url)} carries credentials; give them by "
+                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, never in the address"
                 )
 
 

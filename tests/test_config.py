@@ -51,7 +51,11 @@ def test_preset_under_yaml_under_flags(tmp_path) -> None:
     )
     config, _ = parse_train(["--preset", "cifar10", f"--config={file}", "--lr", "0.25"])
     assert (config.lr, config.batch_size, config.ema_rates) == (0.25, 64, (0.9, 0.99))
-    assert (config.model.channels, config.model.scale_shift_norm, config.model.num_classes) == (64, False, None)
+    assert (config.model.channels, config.model.scale_shift_norm, config.model.num_classes) == (
+        64,
+        False,
+        None,
+    )
     assert config.launch.workers == 3
     assert config.model.dropout == 0.3  # the preset's
 
@@ -115,10 +119,14 @@ def test_a_record_has_no_place_for_secrets() -> None:
 
 def test_a_run_is_continued_only_as_what_it_is() -> None:
     config, _ = parse_train([])
-    longer, _ = parse_train(["--horizon", "9000steps", "--out", "elsewhere", "--log-every", "7", "--workers", "2"])
+    longer, _ = parse_train(
+        ["--horizon", "9000steps", "--out", "elsewhere", "--log-every", "7", "--workers", "2"]
+    )
     check_same_run(record(config), longer)
     other, _ = parse_train(["--lr", "0.5", "--model.channels", "64"])
-    with pytest.raises(ValueError, match=r"(?s)--lr: the run has 0.001, got 0.5.*--model.channels.*another --out"):
+    with pytest.raises(
+        ValueError, match=r"(?s)--lr: the run has 0.001, got 0.5.*--model.channels.*another --out"
+    ):
         check_same_run(record(config), other)
 
 
@@ -148,7 +156,16 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 def test_dry_run_tells_the_cost_and_stops(tmp_path) -> None:
     out = tmp_path / "run"
-    said = run_train("--preset", "imagenet64", "--dry-run", "--out", str(out), "--horizon", "1e18flops").stdout
-    for expected in ("121,063,942", "39.74 GMACs", "238.42 GFLOPs", "32,769 of 128 images", "GiB", "horizon: 1e18flops"):
+    said = run_train(
+        "--preset", "imagenet64", "--dry-run", "--out", str(out), "--horizon", "1e18flops"
+    ).stdout
+    for expected in (
+        "121,063,942",
+        "39.74 GMACs",
+        "238.42 GFLOPs",
+        "32,769 of 128 images",
+        "GiB",
+        "horizon: 1e18flops",
+    ):
         assert expected in said
     assert not out.exists()

@@ -19,7 +19,7 @@ from pipeline import loop
 from pipeline.checkpoint import Checkpoints
 from pipeline.data import load_index, stream
 from pipeline.loop import INTERRUPTED, NonFinite, TrainState, train, train_step
-from pipeline.storage import Store, StorageError
+from pipeline.storage import StorageError, Store
 from pipeline.tracking import read_journal
 from pipeline.world import World
 
@@ -183,7 +183,9 @@ def test_data_that_does_not_fit_is_refused(digits: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
-def test_a_damaged_shard_is_one_clear_error_and_loses_nothing(digits: str, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_shard_is_one_clear_error_and_loses_nothing(
+    digits: str, tmp_path: Path, damage: str
+) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for file in Path(digits).iterdir():
@@ -233,7 +235,9 @@ def test_killed_at_random_moments_and_resumed(digits: str, tmp_path: Path) -> No
     rng = random.Random(0)
     for _ in range(5):
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.train", *flags, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "pipeline.train", *flags, "--out", str(out)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
         )
         seen = step_reached(out)
         wait_until(lambda seen=seen, process=process: step_reached(out) > seen or process.poll() is not None)
@@ -262,8 +266,20 @@ def wait_until(condition, timeout: float = 120) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_checkpoints_and_exits_75(digits: str, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
-    flags = [*TINY, "--data.url", digits, "--out", str(out), "--horizon", "100000steps", "--sample-every", "0"]
-    process = subprocess.Popen([sys.executable, "-m", "pipeline.train", *flags], cwd=ROOT, stdout=subprocess.PIPE)
+    flags = [
+        *TINY,
+        "--data.url",
+        digits,
+        "--out",
+        str(out),
+        "--horizon",
+        "100000steps",
+        "--sample-every",
+        "0",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.train", *flags], cwd=ROOT, stdout=subprocess.PIPE
+    )
     wait_until(lambda: step_reached(out) > 0)
     os.kill(process.pid, number)
     said = process.communicate(timeout=60)[0].decode()
@@ -281,7 +297,9 @@ def test_sample_and_evaluate_a_run(digits: str, tmp_path: Path) -> None:
     run_module("pipeline.sample", str(out), "--out", str(grid), "--count", "9", "--steps", "5")
     with Image.open(grid) as picture:
         assert picture.size == (200, 200)  # 3 x 3 tiles of 64 pixels and the lines between
-    said = run_module("pipeline.evaluate", str(out), "--images", "8", "--out", str(tmp_path / "terms.csv")).stdout
+    said = run_module(
+        "pipeline.evaluate", str(out), "--images", "8", "--out", str(tmp_path / "terms.csv")
+    ).stdout
     assert "bits/dim" in said
     assert len((tmp_path / "terms.csv").read_text().splitlines()) == 1 + 20
     for flags, says in (

@@ -1,0 +1,49 @@
+"""Draw learning curves from runs' journals: `python -m jobs.curves OUT.png RUN_FOLDER...`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.tracking import read_journal
+
+PANELS = {
+    "train/loss": "loss",
+    "train/mse": "$L_{simple}$",
+    "train/vb": "bound's part",
+    "train/grad_norm": "gradient norm",
+}
+
+
+def draw(folders: Sequence[Path], out: Path) -> None:
+    """One line a run in a panel each for the loss, its parts and the gradient norm, over images seen."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(3.2 * len(PANELS), 2.8), layout="constrained")
+    for folder in folders:
+        rows = [r["metrics"] for r in read_journal(folder) if r["kind"] == "metrics"]
+        if not rows:
+            raise ValueError(
+                f"{folder}: no journal with metrics there; expected the folder of a training run"
+            )
+        for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
+            points = [(row["train/images"], row[name]) for row in rows if row[name] > 0]
+            axis.plot(*zip(*points, strict=True), label=folder.name, linewidth=1.2)
+            axis.set(title=title, xlabel="images", yscale="log")
+            axis.grid(alpha=0.3, which="both")
+    if len(folders) > 1:
+        axes[0].legend()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit(f"{__doc__}\nerror: expected a PNG file to write and at least one run's folder")
+    try:
+        draw([Path(folder) for folder in sys.argv[2:]], Path(sys.argv[1]))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
