@@ -2,13 +2,14 @@
 
 Under a run's URL:
 
-    checkpoints/data/{step}-{sha}-{part}.safetensors    the tensors, one file a part
-    checkpoints/log/{sequence}.json                     an append-only log of records
+    checkpoints/log/{number}.json                               an append-only log of records
+    checkpoints/data/{number}-step-{step}-{part}.safetensors    the tensors, one file a part
 
-A record is written last, by a conditional put of the next sequence number. Two kinds exist: a *checkpoint* names
-its parts with their sizes and hashes; a *claim* says that a new attempt has taken over the run. So an attempt that
-was thought dead cannot commit: the number that it would write next is already the claim of its successor. Claims
-are never deleted for that reason; the newest checkpoints are kept, older ones go record first, data after.
+A record is written last, by a conditional put of the next number. Two kinds exist: a *checkpoint* names its parts with
+their sizes and hashes; a *claim* says that a new attempt has taken over the run. So an attempt that was thought dead
+cannot commit: the number that it would write next is already the claim of its successor. Claims are never deleted for
+that reason. Only the writer of record n - 1 ever writes data of number n: so no attempt, however late it wakes up,
+overwrites or deletes what another one has written and needs.
 """
 
 import dataclasses
@@ -18,21 +19,23 @@ import queue
 import threading
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 
 from pipeline.storage import DamagedError, Store
 
 Parts = dict[str, dict[str, torch.Tensor]]
+THREADS = 4  # requests at a time: parts, records
 
 
 class StaleAttempt(RuntimeError):
-    """A newer attempt at this run has taken over: this one must stop, and has written nothing."""
+    """A newer attempt at this run has taken over: this one must stop, and has committed nothing since."""
 
 
 class DamagedCheckpoint(ValueError):
@@ -43,7 +46,7 @@ class DamagedCheckpoint(ValueError):
 class Record:
     """One entry of the log."""
 
-    sequence: int
+    number: int
     kind: str  # "claim" or "checkpoint"
     attempt: str  # a random token, so that no two attempts ever write equal records
     step: int = 0
@@ -52,7 +55,17 @@ class Record:
 
     @property
     def name(self) -> str:
-        return f"log/{self.sequence:08d}.json"
+        return f"log/{self.number:08d}.json"
+
+    def encode(self) -> bytes:
+        content = dataclasses.asdict(self)
+        del content["number"]  # the name says it
+        return json.dumps(content, indent=1).encode()
+
+
+def _number(name: str) -> int:
+    """Of a record or a data file."""
+    return int(name.partition("/")[2][:8])
 
 
 class Checkpoints:
@@ -65,40 +78,40 @@ class Checkpoints:
 
     def records(self) -> list[Record]:
         """The log's whole records, oldest first. A record that cannot be read counts as absent."""
-        found = []
-        for name in self.store.list("log/"):
-            try:
-                content = json.loads(self.store.read(name))
-                found.append(Record(_sequence(name), **content))
-            except (FileNotFoundError, ValueError, TypeError):
-                continue  # retention got there first, or it is damaged: `newest` then takes one before
-        return found
 
-    def newest(
-        self, parts: tuple[str, ...] | None = None, step: int | None = None
-    ) -> tuple[Record, Parts] | None:
+        def read(name: str) -> Record | None:
+            try:
+                return Record(_number(name), **json.loads(self.store.read(name)))
+            except (FileNotFoundError, ValueError, TypeError):
+                return None  # retention got there first, or it is damaged: `newest` then takes one before
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return [record for record in pool.map(read, self.store.list("log/")) if record]
+
+    def newest(self, parts: tuple[str, ...] | None = None, step: int | None = None) -> tuple[Record, Parts] | None:
         """The newest checkpoint (or the one of `step`) whose parts are whole, with them; None where the run has none.
 
         `parts` names those that are read (default: all). Falls back to the checkpoint before where one is damaged.
         Raises DamagedCheckpoint where there are checkpoints and not one is whole.
         """
-        candidates = [r for r in self.records() if r.kind == "checkpoint" and step in (None, r.step)]
+        committed = [record for record in self.records() if record.kind == "checkpoint"]
+        candidates = [record for record in committed if step in (None, record.step)]
         if step is not None and not candidates:
-            have = sorted({r.step for r in self.records() if r.kind == "checkpoint"})
-            raise ValueError(f"{self.store.url}: no checkpoint of step {step}; there are {have}")
+            have = sorted({record.step for record in committed})
+            raise ValueError(f"{self.store}: no checkpoint of step {step}; there are {have}")
         problems = []
         for record in reversed(candidates):
             try:
-                loaded = {name: self._read_part(record, name) for name in parts or record.parts}
+                with ThreadPoolExecutor(THREADS) as pool:
+                    names = parts or tuple(record.parts)
+                    loaded = pool.map(self._read_part, [record] * len(names), names)
+                    return record, dict(zip(names, loaded, strict=True))
             except DamagedCheckpoint as error:
                 problems.append(str(error))
                 print(f"warning: {error}; trying the checkpoint before it", flush=True)
-                continue
-            return record, loaded
         if problems:
             raise DamagedCheckpoint(
-                f"{self.store.url}: none of the {len(candidates)} checkpoints is whole. "
-                + "; ".join(problems)
+                f"{self.store}: none of the {len(candidates)} checkpoints is whole. " + "; ".join(problems)
             )
         return None
 
@@ -106,19 +119,15 @@ class Checkpoints:
         where = f"checkpoint of step {record.step}, part {part}"
         if part not in record.parts:
             raise ValueError(f"{where}: not there; it has {', '.join(record.parts)}")
-        entry = record.parts[part]
+        file, sha256 = record.parts[part]["file"], record.parts[part]["sha256"]
         try:
-            data = self.store.read(f"data/{entry['file']}", entry["sha256"])
+            return load_safetensors(self.store.read(f"data/{file}", sha256))
         except FileNotFoundError:
-            raise DamagedCheckpoint(
-                f"{where}: {entry['file']} is missing from {self.store.url}/data"
-            ) from None
+            raise DamagedCheckpoint(f"{where}: {file} is missing from {self.store}/data") from None
         except DamagedError as error:
             raise DamagedCheckpoint(f"{where}: {error}") from None
-        try:
-            return load_safetensors(data)
         except SafetensorError as error:
-            raise DamagedCheckpoint(f"{where}: {entry['file']} is no safetensors file ({error})") from None
+            raise DamagedCheckpoint(f"{where}: {file} is no safetensors file ({error})") from None
 
     # --------------------------------------------------------------------------------- writing
 
@@ -126,124 +135,178 @@ class Checkpoints:
         """Take over the run: from now on no earlier attempt can commit. Then remove what those left unfinished."""
         attempt = uuid.uuid4().hex
         while True:
-            sequence = max((_sequence(name) for name in self.store.list("log/")), default=0) + 1
-            record = Record(sequence, "claim", attempt, meta=meta)
-            if self.store.create(record.name, _encode(record)):
+            number = max(map(_number, self.store.list("log/")), default=0) + 1
+            claim = Record(number, "claim", attempt, meta=meta)
+            if self.store.create(claim.name, claim.encode()):
                 break
-        records = self.records()
-        known = {entry["file"] for r in records for entry in r.parts.values()}
+        self._sweep(claim)
+        earlier = [r for r in self.records() if r.kind == "checkpoint" and r.number < number]
+        return Writer(self.store, claim, earlier)
+
+    def _sweep(self, claim: Record) -> None:
+        """Delete the data of earlier attempts that no record stands for, and that none can stand for any more."""
+        committed = set(map(_number, self.store.list("log/")))
         for name in self.store.list("data/"):
-            if name.removeprefix("data/") not in known:
+            if _number(name) <= claim.number and _number(name) not in committed - {claim.number}:
                 self.store.delete(name)
-        return Writer(self.store, attempt, sequence, [r for r in records if r.kind == "checkpoint"])
 
 
 class Writer:
-    """Writes one attempt's checkpoints from a thread of its own; training waits only for the snapshot."""
+    """Writes one attempt's checkpoints from a thread of its own; training waits only for the snapshot.
 
-    def __init__(self, store: Store, attempt: str, sequence: int, records: list[Record]) -> None:
+    There is one snapshot at a time: a `save` that comes while the last is still being written waits for it, and
+    says so. Every checkpoint that is asked for is thus written, and memory holds one copy of the state, not a queue.
+    """
+
+    def __init__(self, store: Store, claim: Record, records: list[Record]) -> None:
         self.store = store
-        self.attempt = attempt
-        self.sequence = sequence
+        self.attempt = claim.attempt
+        self.number = claim.number
+        """Of this attempt's last record."""
         self.records = records
         """The run's checkpoints, oldest first; no other attempt can add one."""
-        self.buffers: dict[tuple[str, str], torch.Tensor] = {}
+        self.files: dict[str, PartFile] = {}
         self.error: BaseException | None = None
+        """What ended this writer; it writes nothing more."""
         self.stall_s = 0.0
         """Seconds that the last `save` held up its caller."""
-        self._jobs: queue.Queue[tuple[int, Parts, dict[str, Any], int, int | None] | None] = queue.Queue()
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
         self._thread.start()
 
     def save(
-        self, step: int, parts: Parts, meta: dict[str, Any], keep_last: int, keep_every: int | None
+        self,
+        step: int,
+        parts: Parts,
+        meta: dict[str, Any],
+        keep_last: int,
+        keep_every: int | None,
+        first: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy the tensors and commit them in the background; first waits for the save before it.
+        """Copy the tensors and commit them in the background, which calls `first` before it writes anything itself.
 
-        Raises what that save raised (StorageError, StaleAttempt).
+        Raises what an earlier save raised (StorageError, StaleAttempt).
         """
         start = time.perf_counter()
         self.wait()
-        snapshot: Parts = {}
+        if (waited := time.perf_counter() - start) > 1.0:
+            print(
+                f"warning: training waited {waited:.1f} s for the checkpoint before that of step {step}: {self.store}"
+                " is slower than --checkpoint-every; a larger one avoids this",
+                flush=True,
+            )
         for part, tensors in parts.items():
-            for name, tensor in tensors.items():
-                buffer = self.buffers.get((part, name))
-                if buffer is None:
-                    # Kept between saves: fresh pages cost more than the copy itself.
-                    pin = tensor.device.type == "cuda"
-                    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
-                    self.buffers[part, name] = buffer
-                buffer.copy_(tensor, non_blocking=True)
-                snapshot.setdefault(part, {})[name] = buffer
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            if part not in self.files:
+                self.files[part] = PartFile(tensors)
+            self.files[part].copy(tensors)
+        for device in {t.device for tensors in parts.values() for t in tensors.values() if t.is_cuda}:
+            torch.cuda.synchronize(device)
         self.stall_s = time.perf_counter() - start
-        self._jobs.put((step, snapshot, meta, keep_last, keep_every))
+        record = Record(self.number + 1, "checkpoint", self.attempt, step, {}, meta)
+        self._jobs.put(lambda: self._commit(record, keep_last, keep_every, first))
+
+    def check(self) -> None:
+        """Raise what a save in the background raised; costs nothing, so that it can be asked at each step."""
+        if self.error:
+            raise self.error
 
     def wait(self) -> None:
         """Until the last save is committed; raises what it raised."""
         self._jobs.join()
-        if self.error:
-            error, self.error = self.error, None
-            raise error
+        self.check()
 
     def close(self) -> None:
-        """Finish the last save and end the thread."""
-        try:
-            self.wait()
-        finally:
-            self._jobs.put(None)
-            self._thread.join()
+        """Finish the last save and end the thread; raises what the save raised."""
+        self._jobs.put(None)
+        self._thread.join()
+        self.check()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
-                self._commit(*job)
+                job()
             except BaseException as error:
                 self.error = error
             finally:
                 self._jobs.task_done()
-        self._jobs.task_done()
 
-    def _commit(
-        self, step: int, parts: Parts, meta: dict[str, Any], keep_last: int, keep_every: int | None
-    ) -> None:
-        entries = {}
-        for part, tensors in parts.items():
-            data = save_safetensors(tensors)
-            sha = hashlib.sha256(data).hexdigest()
-            entries[part] = {
-                "file": f"{step:09d}-{sha[:16]}-{part}.safetensors",
-                "bytes": len(data),
-                "sha256": sha,
-            }
-            self.store.write(f"data/{entries[part]['file']}", data)
-        record = Record(self.sequence + 1, "checkpoint", self.attempt, step, entries, meta)
-        if not self.store.create(record.name, _encode(record)):
-            raise StaleAttempt(
-                f"{self.store.url}: a newer attempt at this run has taken over, so this one cannot commit step {step}."
-                " Two jobs must not write one run; stop one, or give it another --out."
-            )
-        self.sequence += 1
+    def _commit(self, record: Record, keep_last: int, keep_every: int | None, first: Callable[[], None]) -> None:
+        stale = StaleAttempt(
+            f"{self.store}: a newer attempt at this run has taken over, so this one cannot commit step {record.step}."
+            " Two jobs must not write one run; stop one, or give it another --out."
+        )
+        if self.store.exists(record.name):  # no use in writing anything
+            raise stale
+        first()
+        with ThreadPoolExecutor(THREADS) as pool:
+
+            def write(part: str) -> tuple[str, dict[str, Any]]:
+                file, data = f"{record.number:08d}-step-{record.step}-{part}.safetensors", self.files[part].data
+                self.store.write(f"data/{file}", data)
+                return part, {"file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+            record.parts.update(pool.map(write, self.files))
+        if not self.store.create(record.name, record.encode()):
+            raise stale
+        self.number = record.number
         self.records.append(record)
         self._retain(keep_last, keep_every)
 
     def _retain(self, keep_last: int, keep_every: int | None) -> None:
         """Delete old checkpoints: their records first, so that no record ever names data that is gone."""
-        dropped = [r for r in self.records[:-keep_last] if not (keep_every and r.step % keep_every == 0)]
-        self.records = [r for r in self.records if r not in dropped]
-        kept = {entry["file"] for r in self.records for entry in r.parts.values()}
-        for record in dropped:
+        for record in self.records[:-keep_last]:
+            if keep_every and record.step % keep_every == 0:
+                continue
             self.store.delete(record.name)
-        for file in {entry["file"] for r in dropped for entry in r.parts.values()} - kept:
-            self.store.delete(f"data/{file}")
+            for entry in record.parts.values():
+                self.store.delete(f"data/{entry['file']}")
+            self.records.remove(record)
 
 
-def _sequence(name: str) -> int:
-    return int(name.removeprefix("log/").removesuffix(".json"))
+_DTYPES = {  # as safetensors calls them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-def _encode(record: Record) -> bytes:
-    content = dataclasses.asdict(record)
-    del content["sequence"]  # the name says it
-    return json.dumps(content, indent=1).encode()
+class PartFile:
+    """One part's tensors in memory, laid out as the safetensors file that holds them: a snapshot is the file.
+
+    Format: https://huggingface.co/docs/safetensors: the header's length (8 bytes), the header (JSON), the tensors.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        header: dict[str, Any] = {}
+        end = 0
+        self.names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that all are aligned
+        for name in self.names:
+            tensor = tensors[name]
+            start, end = end, end + tensor.nbytes
+            header[name] = {
+                "dtype": _DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        # Kept between saves: fresh pages cost more than the copy itself.
+        pinned = any(tensor.is_cuda for tensor in tensors.values())
+        file = torch.empty(8 + len(text) + end, dtype=torch.uint8, pin_memory=pinned)
+        self.data = file.numpy().data
+        self.data[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
+        content = file[8 + len(text) :]
+        self.views = []
+        for name in self.names:
+            start, end = header[name]["data_offsets"]
+            self.views.append(content[start:end].view(tensors[name].dtype).view(tensors[name].shape))
+
+    def copy(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over the values; from a GPU it is only under way when this returns."""
+        assert tensors.keys() == set(self.names), "a part always holds the same tensors"
+        torch._foreach_copy_(self.views, [tensors[name] for name in self.names], non_blocking=True)

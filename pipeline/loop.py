@@ -23,7 +23,7 @@ from iddpm.timesteps import make_sampler
 from pipeline.checkpoint import Checkpoints, Parts, Record, Writer
 from pipeline.config import TrainConfig, check_same_run, horizon_steps, record
 from pipeline.data import Batch, Cache, ShardIndex, epoch_digests, expected_digest, load_index, stream
-from pipeline.hardware import DTYPES, device_name, peak_flops
+from pipeline.hardware import device_name, peak_flops
 from pipeline.sample import autocast, build_model, draw, ema_part, grid_png, with_weights
 from pipeline.storage import Store
 from pipeline.tracking import Tracker, find_uid, journal_dir
@@ -374,7 +374,7 @@ def _recording(
     writer = Checkpoints(run).claim({"launcher": world.launcher, "world_size": world.size})
     tracker.tags(
         {
-            "attempt": str(writer.sequence),
+            "attempt": str(writer.number),
             "launcher": world.launcher,
             "world_size": str(world.size),
             "device": device_name(world.device),
@@ -495,6 +495,3 @@ def _show(bar: Any, step: int, steps: int, values: dict[str, float]) -> None:
         print(f"step {step}/{steps} " + " ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
     else:
         bar.set_postfix(shown)
-
-
-__all__ = ["DTYPES", "INTERRUPTED", "NonFinite", "TrainState", "train", "train_step"]

@@ -17,6 +17,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CHUNK = 4 << 20  # bytes read at a time
+PART = 16 << 20  # larger objects are put on S3 in parts of so many bytes
 STALE_S = 3600.0  # a temporary file untouched for so long belongs to a process that died
 
 
@@ -53,9 +55,7 @@ class StorageConfig:
         if self.endpoint_url is not None:
             if not re.match(r"https?://[^/]", self.endpoint_url):
                 got = mask(self.endpoint_url)
-                raise ValueError(
-                    f"storage.endpoint_url: got {got!r}, expected http://host[:port] or https://…"
-                )
+                raise ValueError(f"storage.endpoint_url: got {got!r}, expected http://host[:port] or https://…")
             if mask(self.endpoint_url) != self.endpoint_url:
                 raise ValueError(
                     f"storage.endpoint_url: {mask(self.endpoint_url)} carries credentials; give them by "
@@ -117,10 +117,17 @@ class Store:
 
             self._fetch(name, rewind, write, sha256)
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Put an object; readers see the old or the new one, never half."""
-        key = _checked(name)
-        self._retry("write", name, lambda: self._backend.put(key, data))
+        key, backend = _checked(name), self._backend
+
+        def retry(attempt: Callable[[], T]) -> T:
+            return self._retry("write", name, attempt)
+
+        if isinstance(backend, _S3) and len(data) > PART:
+            retry(lambda: backend.put_in_parts(key, data, retry))
+        else:
+            retry(lambda: backend.put(key, data))
 
     def create(self, name: str, data: bytes) -> bool:
         """Put an object only where none is: True if it now holds `data`, False if it holds other bytes.
@@ -252,7 +259,7 @@ class _Local:
 
         return (os.fstat(file.fileno()).st_size, None), parts()
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         with self._temporary(key, data) as temporary:
             os.replace(temporary, self.root / key)
 
@@ -281,7 +288,7 @@ class _Local:
         (self.root / key).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _temporary(self, key: str, data: bytes) -> Iterator[Path]:
+    def _temporary(self, key: str, data: bytes | memoryview) -> Iterator[Path]:
         folder = (self.root / key).parent
         folder.mkdir(parents=True, exist_ok=True)
         with os.scandir(folder) as entries:
@@ -327,10 +334,10 @@ class _Fsspec:
 
         return (getattr(file, "size", None), None), parts()
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         path = f"{self.root}/{key}"
         self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        self.fs.pipe_file(path, data)
+        self.fs.pipe_file(path, bytes(data))
 
     def create(self, key: str, data: bytes) -> bool:
         path = f"{self.root}/{key}"
@@ -383,14 +390,33 @@ class _S3:
 
         return (response.get("ContentLength"), md5), parts()
 
-    def put(self, key: str, data: bytes, mode: str = "overwrite") -> None:
-        path = f"{self.bucket}/{self._key(key)}"
-        coroutine = self._fs()._pipe_file(path, data, mode=mode, max_concurrency=4)
-        self._run(coroutine, len(data) / 1e6)  # no slower than 1 MB/s
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        self._call("put_object", len(data), Key=self._key(key), Body=bytes(data))
+
+    def put_in_parts(self, key: str, data: bytes | memoryview, retry: Callable[[Callable[[], Any]], Any]) -> None:
+        """Each part is tried again by itself: a large object would hardly ever get through in one piece."""
+        where = {"Key": self._key(key)}
+        where["UploadId"] = retry(lambda: self._call("create_multipart_upload", **where))["UploadId"]
+
+        def send(number: int) -> dict[str, Any]:
+            body = bytes(data[(number - 1) * PART : number * PART])
+            reply = retry(lambda: self._call("upload_part", len(body), PartNumber=number, Body=body, **where))
+            return {"PartNumber": number, "ETag": reply["ETag"]}
+
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                parts = list(pool.map(send, range(1, -(-len(data) // PART) + 1)))
+            retry(lambda: self._call("complete_multipart_upload", MultipartUpload={"Parts": parts}, **where))
+        except FileNotFoundError as error:  # no such upload: it is complete, and that reply was lost, or it was removed
+            raise ConnectionError("the upload has vanished") from error.with_traceback(None)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._call("abort_multipart_upload", **where)
+            raise
 
     def create(self, key: str, data: bytes) -> bool:
         try:
-            self.put(key, data, mode="create")
+            self._call("put_object", len(data), Key=self._key(key), Body=data, IfNoneMatch="*")
         except FileExistsError:
             return False
         except OSError as error:
@@ -424,13 +450,13 @@ class _S3:
     def _fs(self) -> Any:
         return _s3_filesystem(os.getpid(), self.config.endpoint_url, self.config.profile, self.patience)
 
-    def _call(self, method: str, **arguments: Any) -> Any:
-        return self._run(self._fs()._call_s3(method, Bucket=self.bucket, **arguments))
+    def _call(self, method: str, sent: int = 0, **arguments: Any) -> Any:
+        return self._run(self._fs()._call_s3(method, Bucket=self.bucket, **arguments), sent)
 
-    def _run(self, coroutine: Any, extra_s: float = 0.0) -> Any:
+    def _run(self, coroutine: Any, sent: int = 0) -> Any:
         import asyncio
 
-        bounded = asyncio.wait_for(coroutine, 2 * self.patience + extra_s)
+        bounded = asyncio.wait_for(coroutine, 2 * self.patience + sent / 1e6)  # no slower than 1 MB/s
         return asyncio.run_coroutine_threadsafe(bounded, self._fs().loop).result()
 
 
@@ -464,9 +490,7 @@ def _s3_filesystem(
 
 # --- what an error means ---
 
-_CREDENTIALS = (
-    "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, --storage.profile, or the role of the machine"
-)
+_CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, --storage.profile, or the role of the machine"
 _ADVICE = {
     "NoSuchBucket": "create the bucket, or check its name and the endpoint (--storage.endpoint-url)",
     "AccessDenied": f"these credentials may not do that: ask for the right, or {_CREDENTIALS}",

@@ -253,6 +253,14 @@ def connect(config: LaunchConfig) -> World:
 
 def join(config: LaunchConfig, rank: int, size: int, device: torch.device) -> None:
     """Make the default process group, from MASTER_ADDR and MASTER_PORT."""
+    host = os.environ["MASTER_ADDR"]
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        raise ValueError(
+            f"the name of rank 0's node, {host!r}, does not resolve here; set MASTER_ADDR to a name or address of"
+            " that node that does on every node"
+        ) from None
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=rank,
@@ -276,9 +284,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     # A launcher may show each task one GPU of its own (srun --gpus-per-task), or all of the node's.
     count = torch.cuda.device_count()
     if local_rank >= count > 1:
-        raise ValueError(
-            f"local rank {local_rank} has no GPU: this node shows {count}; start as many workers"
-        )
+        raise ValueError(f"local rank {local_rank} has no GPU: this node shows {count}; start as many workers")
     device = torch.device("cuda", local_rank % count)
     torch.cuda.set_device(device)
     return device
@@ -346,7 +352,8 @@ def _first_host(nodelist: str) -> str:
     head, bracket, rest = nodelist.partition("[")
     if not bracket or "," in head:
         return head.split(",")[0]
-    return head + rest.split("]")[0].split(",")[0].split("-")[0]
+    numbers, _, rest = rest.partition("]")
+    return head + numbers.split(",")[0].split("-")[0] + rest.split(",")[0]
 
 
 def _free_port() -> int:

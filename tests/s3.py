@@ -123,9 +123,7 @@ class FaultProxy:
     body.
     """
 
-    def __init__(
-        self, upstream: str, rate: float = 0.3, seed: int = 0, faults: Sequence[str] = FAULTS
-    ) -> None:
+    def __init__(self, upstream: str, rate: float = 0.3, seed: int = 0, faults: Sequence[str] = FAULTS) -> None:
         self.upstream, self.rate, self.faults = upstream, rate, tuple(faults)
         self.random, self.counts = random.Random(seed), Counter[str]()
         self.stall_s = 3.0
@@ -171,9 +169,7 @@ class FaultProxy:
         except ConnectionError:  # the client has given up
             return self._abort(request)
         fault = self.random.choice(self.faults) if self.random.random() < self.rate else None
-        reading = (
-            request.method == "GET" and "list-type" not in request.query and len(request.path.split("/")) > 2
-        )
+        reading = request.method == "GET" and "list-type" not in request.query and len(request.path.split("/")) > 2
         if fault in ("truncate", "short", "flip") and not reading:
             fault = "500"  # damage to listings cannot be told from the truth: that is what TLS is for
         self.counts[fault or "passed"] += 1

@@ -53,9 +53,7 @@ class Slurm:
 
     def run(self, *command: str, timeout: float = 60) -> str:
         """Its stdout; raises CalledProcessError with the output where it fails."""
-        return subprocess.run(
-            command, env=self.env, capture_output=True, text=True, check=True, timeout=timeout
-        ).stdout
+        return subprocess.run(command, env=self.env, capture_output=True, text=True, check=True, timeout=timeout).stdout
 
     def logs(self) -> str:
         return "\n".join(f"== {path.name}\n{path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))

@@ -119,14 +119,10 @@ def test_a_record_has_no_place_for_secrets() -> None:
 
 def test_a_run_is_continued_only_as_what_it_is() -> None:
     config, _ = parse_train([])
-    longer, _ = parse_train(
-        ["--horizon", "9000steps", "--out", "elsewhere", "--log-every", "7", "--workers", "2"]
-    )
+    longer, _ = parse_train(["--horizon", "9000steps", "--out", "elsewhere", "--log-every", "7", "--workers", "2"])
     check_same_run(record(config), longer)
     other, _ = parse_train(["--lr", "0.5", "--model.channels", "64"])
-    with pytest.raises(
-        ValueError, match=r"(?s)--lr: the run has 0.001, got 0.5.*--model.channels.*another --out"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)--lr: the run has 0.001, got 0.5.*--model.channels.*another --out"):
         check_same_run(record(config), other)
 
 
@@ -156,9 +152,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 def test_dry_run_tells_the_cost_and_stops(tmp_path) -> None:
     out = tmp_path / "run"
-    said = run_train(
-        "--preset", "imagenet64", "--dry-run", "--out", str(out), "--horizon", "1e18flops"
-    ).stdout
+    said = run_train("--preset", "imagenet64", "--dry-run", "--out", str(out), "--horizon", "1e18flops").stdout
     for expected in (
         "121,063,942",
         "39.74 GMACs",

@@ -167,9 +167,7 @@ def test_resuming_on_other_worlds(local):
     store, index = local
     whole, position, seen = take(store, index, 9), 0, []
     for batches, cuts in ((2, [0, 11]), (3, [0, 4, 11]), (4, [0, 3, 3, 11])):
-        ranks = [
-            ids_of(take(store, index, batches, position, lo=lo, hi=hi)) for lo, hi in itertools.pairwise(cuts)
-        ]
+        ranks = [ids_of(take(store, index, batches, position, lo=lo, hi=hi)) for lo, hi in itertools.pairwise(cuts)]
         seen += joined(ranks)
         position += batches * 11
     assert seen == ids_of(whole)
@@ -308,9 +306,7 @@ def test_truncated_shard(local):
     store, index = local
     path = store.local / "train-00003.tar"
     os.truncate(path, int(index.offset[25]) + 10)
-    with pytest.raises(
-        StorageError, match=r"train-00003.tar is damaged: sample 25 .* is cut off, the file has"
-    ):
+    with pytest.raises(StorageError, match=r"train-00003.tar is damaged: sample 25 .* is cut off, the file has"):
         take(store, index, 8)
     path.unlink()
     with pytest.raises(StorageError, match=r"train-00003\.tar is missing"):

@@ -23,9 +23,7 @@ class NoHostSync(TorchDispatchMode):
         name = func.overloadpacket.__name__
         assert not name.startswith(self.FORBIDDEN), f"{name} waits for the device"
         if name == "index":
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), (
-                "boolean indexing waits for the device"
-            )
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "boolean indexing waits for the device"
         return func(*args, **(kwargs or {}))
 
 
@@ -43,9 +41,7 @@ def golden_config(path: str) -> DiffusionConfig:
 
 def test_the_golden_losses_are_every_combination():
     assert len(LOSSES) == len({golden_config(path) for path in LOSSES})
-    combinations = {
-        (c.mean, c.variance, c.loss) for c in map(golden_config, LOSSES) if c.schedule == "cosine"
-    }
+    combinations = {(c.mean, c.variance, c.loss) for c in map(golden_config, LOSSES) if c.schedule == "cosine"}
     assert len(combinations) == 3 * 4 * 4
 
 

@@ -27,9 +27,7 @@ def test_training_costs_three_forward_passes():
 
 
 def test_attention_is_counted():
-    without = UNetConfig(
-        image_size=8, channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=()
-    )
+    without = UNetConfig(image_size=8, channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=())
     with_attention = UNetConfig(
         image_size=8, channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(8,)
     )

@@ -183,9 +183,7 @@ def test_data_that_does_not_fit_is_refused(digits: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
-def test_a_damaged_shard_is_one_clear_error_and_loses_nothing(
-    digits: str, tmp_path: Path, damage: str
-) -> None:
+def test_a_damaged_shard_is_one_clear_error_and_loses_nothing(digits: str, tmp_path: Path, damage: str) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for file in Path(digits).iterdir():
@@ -277,9 +275,7 @@ def test_a_signal_checkpoints_and_exits_75(digits: str, tmp_path: Path, number: 
         "--sample-every",
         "0",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.train", *flags], cwd=ROOT, stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-m", "pipeline.train", *flags], cwd=ROOT, stdout=subprocess.PIPE)
     wait_until(lambda: step_reached(out) > 0)
     os.kill(process.pid, number)
     said = process.communicate(timeout=60)[0].decode()
@@ -297,9 +293,7 @@ def test_sample_and_evaluate_a_run(digits: str, tmp_path: Path) -> None:
     run_module("pipeline.sample", str(out), "--out", str(grid), "--count", "9", "--steps", "5")
     with Image.open(grid) as picture:
         assert picture.size == (200, 200)  # 3 x 3 tiles of 64 pixels and the lines between
-    said = run_module(
-        "pipeline.evaluate", str(out), "--images", "8", "--out", str(tmp_path / "terms.csv")
-    ).stdout
+    said = run_module("pipeline.evaluate", str(out), "--images", "8", "--out", str(tmp_path / "terms.csv")).stdout
     assert "bits/dim" in said
     assert len((tmp_path / "terms.csv").read_text().splitlines()) == 1 + 20
     for flags, says in (

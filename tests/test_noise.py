@@ -9,9 +9,7 @@ KEY = stream_key(7, "noise", 3)
 
 
 def test_stream_keys_differ_and_stay():
-    keys = [
-        stream_key(*args) for args in [(0,), (1,), (0, "a"), (0, "b"), (0, "a", 1), (0, "a", "1"), (0, "a1")]
-    ]
+    keys = [stream_key(*args) for args in [(0,), (1,), (0, "a"), (0, "b"), (0, "a", 1), (0, "a", "1"), (0, "a1")]]
     assert len(set(keys)) == len(keys)
     assert all(-(2**63) <= key < 2**63 for key in keys)
     assert stream_key(0, "noise", 1) == stream_key(0, "noise", 1) == 4752123856127514422

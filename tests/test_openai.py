@@ -10,9 +10,7 @@ from iddpm.openai import load_published
 from iddpm.unet import UNet
 
 CIFAR = UNetConfig(image_size=32, channel_mult=(1, 2, 2, 2), dropout=0.3)
-SMALL = UNetConfig(
-    image_size=8, channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,)
-)
+SMALL = UNetConfig(image_size=8, channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,))
 
 
 def test_a_file_of_the_published_names_loads(tmp_path):

@@ -281,12 +281,8 @@ def test_imagenet64(tmp_path, compressed):
         assert (index.num_samples, index.num_classes, index.shape) == (len(images), 1000, (3, 64, 64))
         got, labels = samples(store, index, range(len(images)))
         assert not np.array_equal(labels, classes)  # shuffled
-        pairs = sorted(
-            (image.numpy().tobytes(), int(label)) for image, label in zip(got, labels, strict=True)
-        )
-        assert pairs == sorted(
-            (image.tobytes(), int(label)) for image, label in zip(images, classes, strict=True)
-        )
+        pairs = sorted((image.numpy().tobytes(), int(label)) for image, label in zip(got, labels, strict=True))
+        assert pairs == sorted((image.tobytes(), int(label)) for image, label in zip(images, classes, strict=True))
 
 
 def _replace(**changes):
@@ -343,9 +339,7 @@ def test_command_line(tmp_path):
     for word in ("digits", "imagenet64", "folder", "--verify URL"):
         assert word in help_text
     (tmp_path / "file").write_text("")
-    failed = subprocess.run(
-        [*command, "digits", "--out", str(tmp_path / "file")], capture_output=True, text=True
-    )
+    failed = subprocess.run([*command, "digits", "--out", str(tmp_path / "file")], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ")
     assert "Traceback" not in failed.stderr

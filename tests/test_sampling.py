@@ -62,9 +62,7 @@ def gaussian_model(diffusion, mean, std):
     """The best eps for data that is N(mean, std^2) in every pixel: smooth, and linear in x."""
 
     def model(x, t, y=None):
-        step = torch.searchsorted(
-            diffusion.timestep_map, (t * diffusion.config.timesteps / 1000).round().long()
-        )
+        step = torch.searchsorted(diffusion.timestep_map, (t * diffusion.config.timesteps / 1000).round().long())
         ac = diffusion.alphas_cumprod[step].to(x.dtype).view(-1, 1, 1, 1)
         return (1 - ac).sqrt() * (x - ac.sqrt() * mean) / (ac * std**2 + 1 - ac)
 
@@ -89,9 +87,7 @@ def test_samples_have_the_distribution_of_the_data(eta):
         return normals(t + 1, n)
 
     x_T = normals(0, n)
-    chain = (
-        ancestral(model, diffusion, x_T, noise) if eta is None else ddim(model, diffusion, x_T, eta, noise)
-    )
+    chain = ancestral(model, diffusion, x_T, noise) if eta is None else ddim(model, diffusion, x_T, eta, noise)
     x = final(chain)
     assert x.dtype == torch.float64
     assert abs(x.mean() - 0.3) < 0.01

@@ -51,9 +51,7 @@ def test_updates_agree_with_the_original():
     assert sampler.counts.tolist() == counts.tolist()
 
 
-@pytest.mark.parametrize(
-    ("num_timesteps", "history", "batch"), [(20, 10, 8), (5, 3, 64), (3, 10, 200), (7, 1, 4)]
-)
+@pytest.mark.parametrize(("num_timesteps", "history", "batch"), [(20, 10, 8), (5, 3, 64), (3, 10, 200), (7, 1, 4)])
 def test_update_is_one_loss_after_the_other(num_timesteps, history, batch):
     sampler, reference = LossSecondMomentSampler(num_timesteps, history), Sequential(num_timesteps, history)
     warm = []

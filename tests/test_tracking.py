@@ -24,9 +24,7 @@ DATASET = {"url": "data/digits", "name": "digits", "digest": "0" * 32}
 
 def tracker(folder: Path, uri: str, uid: str | None = None, **config: object) -> Tracker:
     options = {"experiment": "study", "flush_s": 120.0, **config}
-    return Tracker(
-        folder, TrackingConfig(uri=uri, **options), uid=uid, name="run", run_config=CONFIG, dataset=DATASET
-    )
+    return Tracker(folder, TrackingConfig(uri=uri, **options), uid=uid, name="run", run_config=CONFIG, dataset=DATASET)
 
 
 def steps(folder: Path) -> list[int]:
