@@ -120,7 +120,7 @@ class Liveness:
     def _judge(self, listener: socket.socket) -> None:
         """Rank 0: hear the others, tell them of the first failure."""
         now = time.monotonic()
-        peers = {rank: Peer(heard_at=now, moved_at=now) for rank in range(self.size)}
+        peers = {rank: Peer(heard_at=now) for rank in range(self.size)}
         with selectors.DefaultSelector() as selector, listener:
             selector.register(listener, selectors.EVENT_READ)
             while not self._closed.is_set():
@@ -167,11 +167,14 @@ class Liveness:
         silent = [rank for rank, peer in peers.items() if now - peer.heard_at > patience]
         if silent:
             return f"rank {min(silent, key=lambda rank: peers[rank].heard_at)} stopped responding"
-        # A rank that reports a failed collective is at least not hanging.
         ahead = max(peer.step for peer in peers.values())
-        behind = {rank: p for rank, p in peers.items() if p.step < ahead and not p.blocked_at}
-        for rank, peer in sorted(behind.items(), key=lambda item: item[1].step):
-            if now - peer.moved_at > self.timeout_s or (blocked and now - min(blocked) > short):
+        for rank, peer in sorted(peers.items(), key=lambda item: item[1].step):
+            # A rank that reports a failed collective is at least not hanging.
+            if peer.step == ahead or peer.blocked_at:
+                peer.behind_at = None
+            elif peer.behind_at is None:
+                peer.behind_at = now
+            elif now - peer.behind_at > self.timeout_s or (blocked and now - min(blocked) > short):
                 return f"rank {rank} hangs at step {peer.step}"
         return None
 
@@ -179,15 +182,17 @@ class Liveness:
 class Peer:
     """What rank 0 knows of a rank."""
 
-    def __init__(self, heard_at: float, moved_at: float) -> None:
-        self.heard_at, self.moved_at = heard_at, moved_at
+    def __init__(self, heard_at: float) -> None:
+        self.heard_at = heard_at
         self.step = 0
+        self.behind_at: float | None = None
+        """Since when another rank has been at a later step, and this one at the same."""
         self.blocked_at: float | None = None
 
     def hear(self, step: int, blocked: bool) -> None:
         self.heard_at = time.monotonic()
         if step != self.step:
-            self.step, self.moved_at = step, self.heard_at
+            self.step, self.behind_at = step, None
         if blocked and self.blocked_at is None:
             self.blocked_at = self.heard_at
 

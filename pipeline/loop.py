@@ -7,7 +7,7 @@ that it fell to, so any number of workers trains the same run.
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from pipeline.data import Batch, Cache, ShardIndex, epoch_digests, expected_dige
 from pipeline.hardware import device_name, peak_flops
 from pipeline.sample import autocast, build_model, draw, ema_part, grid_png, with_weights
 from pipeline.storage import Store
-from pipeline.tracking import Tracker, find_uid, journal_dir
+from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir
 from pipeline.world import World
 
 INTERRUPTED = "interrupted.json"
@@ -279,8 +279,10 @@ def train(
         with closing(bar), closing(batches):
             while state.step < steps:
                 world.at(state.step)
+                if writer:
+                    writer.check()
                 if world.stop_agreed():
-                    _checkpoint(state, writer, tracker, index, world)
+                    _checkpoint(state, run, writer, tracker, index, world)
                     if writer and tracker:
                         writer.wait()
                         run.write(INTERRUPTED, json.dumps({"step": state.step}).encode())
@@ -313,7 +315,7 @@ def train(
                         _draw_grid(state, run, tracker, world)
                 if state.step == steps or state.step % config.checkpoint_every == 0:
                     with clock.stopped():
-                        _checkpoint(state, writer, tracker, index, world)
+                        _checkpoint(state, run, writer, tracker, index, world)
         if writer and tracker:
             writer.wait()
             run.delete(INTERRUPTED)
@@ -363,6 +365,8 @@ def _recording(
         yield None, None
         return
     folder = journal_dir(config.out)
+    if run.local is None:
+        fetch_journal(run, folder)
     tracker = Tracker(
         folder,
         config.tracking,
@@ -384,13 +388,22 @@ def _recording(
     try:
         yield tracker, writer
         writer.close()
+        _copy_journal(tracker, run)
     except BaseException:
+        with suppress(Exception):  # what is being committed was good; its own failure is not the first
+            writer.close()
         tracker.close("FAILED")
         raise
 
 
+def _copy_journal(tracker: Tracker, run: Store) -> None:
+    """For a remote run: readers elsewhere want it, and so does the machine on which the run goes on."""
+    if run.local is None:
+        run.write(JOURNAL, tracker.path.read_bytes())
+
+
 def _checkpoint(
-    state: TrainState, writer: Writer | None, tracker: Tracker | None, index: ShardIndex, world: World
+    state: TrainState, run: Store, writer: Writer | None, tracker: Tracker | None, index: ShardIndex, world: World
 ) -> None:
     """Save the state, which must be finite, and check that the finished epochs had each sample once."""
     state.metrics.check_finite(world)
@@ -421,7 +434,14 @@ def _checkpoint(
         "world_size": world.size,
         "torch": torch.__version__,
     }
-    writer.save(state.step, state.parts(), meta, config.keep_last, config.keep_every)
+    writer.save(
+        state.step,
+        state.parts(),
+        meta,
+        config.keep_last,
+        config.keep_every,
+        first=lambda: _copy_journal(tracker, run),  # never behind the checkpoint
+    )
 
 
 def _int64(value: int) -> int:

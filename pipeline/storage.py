@@ -391,7 +391,7 @@ class _S3:
         return (response.get("ContentLength"), md5), parts()
 
     def put(self, key: str, data: bytes | memoryview) -> None:
-        self._call("put_object", len(data), Key=self._key(key), Body=bytes(data))
+        self._call("put_object", Key=self._key(key), Body=bytes(data))
 
     def put_in_parts(self, key: str, data: bytes | memoryview, retry: Callable[[Callable[[], Any]], Any]) -> None:
         """Each part is tried again by itself: a large object would hardly ever get through in one piece."""
@@ -400,15 +400,15 @@ class _S3:
 
         def send(number: int) -> dict[str, Any]:
             body = bytes(data[(number - 1) * PART : number * PART])
-            reply = retry(lambda: self._call("upload_part", len(body), PartNumber=number, Body=body, **where))
+            reply = retry(lambda: self._call("upload_part", PartNumber=number, Body=body, **where))
             return {"PartNumber": number, "ETag": reply["ETag"]}
 
         try:
             with ThreadPoolExecutor(4) as pool:
                 parts = list(pool.map(send, range(1, -(-len(data) // PART) + 1)))
             retry(lambda: self._call("complete_multipart_upload", MultipartUpload={"Parts": parts}, **where))
-        except FileNotFoundError as error:  # no such upload: it is complete, and that reply was lost, or it was removed
-            raise ConnectionError("the upload has vanished") from error.with_traceback(None)
+        except FileNotFoundError:  # no such upload: it is complete, and that reply was lost, or someone has removed it
+            raise ConnectionError("the upload has vanished") from None
         except BaseException:
             with contextlib.suppress(OSError):
                 self._call("abort_multipart_upload", **where)
@@ -416,7 +416,7 @@ class _S3:
 
     def create(self, key: str, data: bytes) -> bool:
         try:
-            self._call("put_object", len(data), Key=self._key(key), Body=data, IfNoneMatch="*")
+            self._call("put_object", Key=self._key(key), Body=data, IfNoneMatch="*")
         except FileExistsError:
             return False
         except OSError as error:
@@ -450,7 +450,8 @@ class _S3:
     def _fs(self) -> Any:
         return _s3_filesystem(os.getpid(), self.config.endpoint_url, self.config.profile, self.patience)
 
-    def _call(self, method: str, sent: int = 0, **arguments: Any) -> Any:
+    def _call(self, method: str, **arguments: Any) -> Any:
+        sent = len(arguments.get("Body", b""))
         return self._run(self._fs()._call_s3(method, Bucket=self.bucket, **arguments), sent)
 
     def _run(self, coroutine: Any, sent: int = 0) -> Any:

@@ -3,7 +3,7 @@
 `Tracker.log` appends a line to `journal.jsonl` and returns. A thread ships the journal's lines to MLflow and
 remembers how far it came, so that a tracking server that is slow, dead or restarted neither holds training up nor
 leaves a gap. A resumed run repeats steps that the journal already has: those are not written a second time.
-`python -m pipeline.tracking RUN_DIR` ships what is left.
+`python -m pipeline.tracking RUN_DIR` ships what is left. A remote run's URL gets a copy with each checkpoint.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import tyro
 
 from pipeline.config import TrackingConfig, flatten, parse_flags
-from pipeline.storage import mask
+from pipeline.storage import Store, mask
 
 JOURNAL = "journal.jsonl"
 BATCH = 200  # journal lines shipped at once
@@ -39,13 +39,37 @@ def journal_dir(out: str) -> Path:
     )
 
 
-def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """The journal's records; a last line that a crash cut off is not one."""
-    path = folder / JOURNAL
-    if not path.exists():
+def read_journal(run: Path | Store) -> list[dict[str, Any]]:
+    """The journal's records, from its folder or from the copy under a remote run's URL; none where there is none.
+
+    A last line that a crash cut off is not one.
+    """
+    try:
+        return _parse((run / JOURNAL).read_bytes() if isinstance(run, Path) else run.read(JOURNAL))
+    except FileNotFoundError:
         return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def fetch_journal(run: Store, folder: Path) -> None:
+    """Take over the copy under a remote run's URL where the journal here is behind it: another machine went on."""
+    try:
+        copy = run.read(JOURNAL)
+    except FileNotFoundError:
+        return
+    path = folder / JOURNAL
+    here = path.read_bytes() if path.exists() else b""
+    if not here.startswith(copy) and _last_step(copy) >= _last_step(here):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / Shipper.STATE).unlink(missing_ok=True)  # it counts the bytes of the other
+        path.write_bytes(copy)
+
+
+def _parse(journal: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in journal.split(b"\n")[:-1] if line]
+
+
+def _last_step(journal: bytes) -> int:
+    return max((record["step"] for record in _parse(journal) if record["kind"] == "metrics"), default=-1)
 
 
 def find_uid(folder: Path, config: dict[str, Any]) -> str | None:

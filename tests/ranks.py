@@ -18,24 +18,14 @@ from pipeline.train import run
 from pipeline.world import run_main
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pipeline.loop", "pipeline.train"])
+FORKS.set_forkserver_preload(["pipeline.loop", "pipeline.train", "torch._dynamo"])  # which optimizers import
 
-# With the importance sampler, whose state depends on the losses of all ranks; 10 images do not divide by 4.
+# With the importance sampler, whose state depends on the losses of all ranks, and so few timesteps that it is
+# warm after some ten steps; 10 images do not divide by 4.
 STRICT = [
-    "--precision",
-    "fp64",
-    "--batch-size",
-    "10",
-    "--horizon",
-    "50steps",
-    "--checkpoint-every",
-    "10",
-    "--sample-every",
-    "0",
-    "--log-every",
-    "10",
-    "--timestep-sampler",
-    "loss-second-moment",
+    *("--precision", "fp64", "--batch-size", "10", "--horizon", "30steps", "--checkpoint-every", "10"),
+    *("--sample-every", "0", "--log-every", "10", "--timestep-sampler", "loss-second-moment"),
+    *("--diffusion.timesteps", "8"),
 ]
 
 
@@ -127,7 +117,7 @@ def assert_same_run(out: object, reference: object, tolerance: float = 1e-9) -> 
     """The two runs' newest checkpoints agree, tensor by tensor and as a whole.
 
     Some biases come before a GroupNorm that cancels them: their gradient is nothing but rounding, and so is
-    their size, about 1e-13. Relative to that nothing agrees, hence the absolute floor of a thousandth.
+    their size, about 1e-12. Relative to that nothing agrees, hence the floor: a tenth, as large as weights are.
     """
     assert newest_step(out) == newest_step(reference)
     a, b = newest(out), newest(reference)
@@ -138,4 +128,4 @@ def assert_same_run(out: object, reference: object, tolerance: float = 1e-9) -> 
         assert wrong <= tolerance * sum(b[n].double().square().sum() for n in names) ** 0.5, part
         for name in names:
             wrong = (a[name].double() - b[name].double()).abs().max()
-            assert wrong <= tolerance * max(b[name].double().abs().max().item(), 1e-3), (name, wrong)
+            assert wrong <= tolerance * max(b[name].double().abs().max().item(), 0.1), (name, wrong)

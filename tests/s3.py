@@ -165,7 +165,7 @@ class FaultProxy:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
         try:
-            body = await request.read()
+            body = await request.content.read()  # of any size
         except ConnectionError:  # the client has given up
             return self._abort(request)
         fault = self.random.choice(self.faults) if self.random.random() < self.rate else None

@@ -128,3 +128,14 @@ def test_strangers_are_ignored(group: Group, nonsense: bytes) -> None:
         assert stranger.recv(100) == b""
     time.sleep(0.2)
     assert [rank.failure for rank in ranks] == [None, None]
+
+
+def test_a_slow_first_step_is_no_hang(group: Group) -> None:
+    ranks = group.start(2, 2, timeout_s=0.5)
+    time.sleep(1)
+    for step in range(1, 4):  # rank 1 says so a beat later than rank 0
+        ranks[0].step = step
+        time.sleep(0.1)
+        ranks[1].step = step
+        time.sleep(0.1)
+    assert [rank.failure for rank in ranks] == [None, None]

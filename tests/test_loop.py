@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from pipeline import loop
 from pipeline.checkpoint import Checkpoints
 from pipeline.data import load_index, stream
 from pipeline.loop import INTERRUPTED, NonFinite, TrainState, train, train_step
-from pipeline.storage import StorageError, Store
+from pipeline.storage import Store
 from pipeline.tracking import read_journal
 from pipeline.world import World
 
@@ -203,24 +204,41 @@ def test_a_damaged_shard_is_one_clear_error_and_loses_nothing(digits: str, tmp_p
     assert Checkpoints(Store(str(out))).newest()[0].step == 4
 
 
-def test_a_disk_that_cannot_be_written_is_one_clear_error(digits: str, tmp_path: Path, monkeypatch) -> None:
-    train(tiny(digits, tmp_path, "--horizon", "4steps"), World())
-    good = newest(tmp_path)
-    write = Store.write
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 40 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
-    def full(self: Store, name: str, data: bytes) -> None:
-        if "optimizer" in name:
-            raise StorageError(28, "No space left on device")
-        write(self, name, data)
 
-    monkeypatch.setattr(Store, "write", full)
-    with pytest.raises(StorageError, match="No space left"):
-        train(tiny(digits, tmp_path), World())
-    monkeypatch.undo()
-    assert_same(newest(tmp_path), good)
-    train(tiny(digits, tmp_path), World())
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_a_disk_that_cannot_be_written_is_one_clear_error(
+    digits: str, tmp_path: Path, small_disk: Path, trouble: str
+) -> None:
+    out, filler = small_disk / "run", small_disk / "filler"
+    train(tiny(digits, out, "--horizon", "4steps"), World())
+    good = newest(out)
+    if trouble == "full":
+        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True)  # until it is full
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    flags = [*TINY, "--data.url", digits, "--out", str(out)]
+    result = run_train(*flags, check=False)
+    assert result.returncode == 1
+    assert ("No space left" if trouble == "full" else "Read-only") in result.stderr
+    assert "Traceback" not in result.stderr
+    assert_same(newest(out), good)
+
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    filler.unlink(missing_ok=True)
+    run_train(*flags)
     train(tiny(digits, tmp_path / "undisturbed"), World())
-    assert_same(newest(tmp_path), newest(tmp_path / "undisturbed"))
+    assert_same(newest(out), newest(tmp_path / "undisturbed"))
 
 
 @pytest.mark.slow

@@ -317,6 +317,36 @@ def test_s3_after_fork(s3):  # noqa: F811
 
 
 @pytest.mark.s3
+def test_s3_large_object_survives_faults(s3):  # noqa: F811
+    """Eight requests that must all succeed, of which each fails with probability 1/2."""
+    data = os.urandom(1 << 20) * 100
+    with FaultProxy(s3, rate=0.5, seed=3, faults=["500", "reset", "lost", "stall"]) as proxy:
+        proxy.stall_s = 0.2
+        store = Store("s3://ckpt/parts", StorageConfig(proxy.url, deadline_s=60))
+        for name in "ab":
+            store.write(name, memoryview(data))
+    assert all(Store("s3://ckpt/parts", StorageConfig(s3)).read(name) == data for name in "ab")
+
+
+@pytest.mark.s3
+def test_s3_upload_whose_last_reply_is_lost(s3):  # noqa: F811
+    class Losing(FaultProxy):
+        lost = False
+
+        async def _handle(self, request):
+            finishing = request.method == "POST" and "uploadId" in request.query and not self.lost
+            self.rate, self.lost = float(finishing), self.lost or finishing
+            return await super()._handle(request)
+
+    data = os.urandom(1 << 20) * 40
+    with Losing(s3, rate=0, faults=["lost"]) as proxy:
+        store = Store("s3://ckpt/last", StorageConfig(proxy.url, deadline_s=60))
+        store.write("k", data)
+        assert proxy.counts["lost"] == 1
+        assert store.read("k") == data
+
+
+@pytest.mark.s3
 def test_s3_large_objects(s3, tmp_path):  # noqa: F811
     store = Store("s3://ckpt/large", StorageConfig(s3, deadline_s=60))
     data = os.urandom(1 << 20) * 101  # more than one part

@@ -153,10 +153,12 @@ def test_the_importance_sampler_is_bit_identical_on_all_ranks(digits: str, tmp_p
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_weights_agree_in_float64(digits: str, tmp_path: Path, reference: str, size: int) -> None:
+def test_weights_agree_in_float64(digits: str, tmp_path: Path, size: int) -> None:
+    longer = (*STRICT, "--horizon", "50steps")
+    train(tiny(digits, tmp_path / "alone", *longer), World())
     flags = ("--microbatch", "2") if size == 2 else ()
-    train_on(size, tmp_path / "log", tiny(digits, tmp_path / "out", *STRICT, *flags))
-    assert_same_run(tmp_path / "out", reference)
+    train_on(size, tmp_path / "log", tiny(digits, tmp_path / "out", *longer, *flags))
+    assert_same_run(tmp_path / "out", tmp_path / "alone")
     counts = newest(tmp_path / "out")["progress/counts"]
     assert counts.sum() == 500
     assert (counts >= 10).all()  # warmed up: the losses of all ranks have chosen timesteps
@@ -185,7 +187,7 @@ def test_two_ranks_are_bit_identical_from_start_to_start(digits: str, tmp_path: 
 
 def test_a_run_continues_on_more_and_on_fewer_ranks(digits: str, tmp_path: Path, reference: str) -> None:
     out = tmp_path / "out"
-    for size, horizon in ((2, "14steps"), (1, "27steps"), (2, "30steps"), (4, "50steps")):
+    for size, horizon in ((2, "9steps"), (1, "15steps"), (2, "21steps"), (4, "30steps")):
         train_on(size, tmp_path / f"log-{horizon}", tiny(digits, out, *STRICT, "--horizon", horizon))
     assert_same_run(out, reference)
 
@@ -222,7 +224,7 @@ def test_a_signal_to_any_rank_stops_all_at_one_step(
         assert "checkpointed" in ranks.said(0)
         assert ranks.said(1) == ""
     step = json.loads((out / INTERRUPTED).read_text())["step"]
-    assert 10 <= step < 50
+    assert 10 <= step < 30
     assert newest_step(out) == step
     train_on(2, tmp_path / "again", config)
     assert not (out / INTERRUPTED).exists()
@@ -254,16 +256,16 @@ def test_the_others_stop_and_name_a_rank_that_dies_or_hangs(
         assert all(f"error: {told}" in ranks.said(other) for other in others), ranks.said(others[0])
 
 
-def hang(world: World, out: str) -> None:
+def hang(world: World) -> None:
     """Rank 1 dies while rank 0 is stuck where no collective fails, as a host waiting for its GPU is."""
-    Path(out, str(world.rank)).touch()
     if world.rank == 1:
+        time.sleep(2)
         os._exit(3)
     time.sleep(1000)
 
 
 def test_a_stuck_training_thread_is_ended(tmp_path: Path) -> None:
-    with Ranks(2, tmp_path / "log", in_world, hang, str(tmp_path)) as ranks:
+    with Ranks(2, tmp_path / "log", in_world, hang) as ranks:
         assert ranks.join(60) == [1, 3]
         assert "error: rank 1 died; this rank is blocked" in ranks.said(0)
 
