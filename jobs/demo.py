@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 RUN = "runs/demo"
-STEPS = (500, 1500, 3000)
+STEPS = (500, 1000, 3000)
 IMAGES = 32  # validation images for bits/dim
 
 

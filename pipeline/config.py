@@ -77,7 +77,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. The defaults are the `digits` preset's."""
+    """A training run."""
 
     out: str = "runs/digits"
     """Folder or URL for checkpoints and samples. The same command run again resumes what is there."""

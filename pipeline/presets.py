@@ -9,8 +9,8 @@ from pipeline.config import DataConfig, TrainConfig
 # scikit-learn's 8x8 handwritten digits: minutes on a laptop's CPU.
 DIGITS = TrainConfig(
     out="runs/digits",
-    horizon="4000steps",
-    batch_size=128,
+    horizon="3000steps",
+    batch_size=64,
     lr=1e-3,
     warmup_steps=100,
     ema_rates=(0.995,),

@@ -1,15 +1,19 @@
 """Checkpoints are whole or absent, found again when damaged, and committed by one attempt only."""
 
 import json
+import multiprocessing
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from s3 import FaultProxy, s3  # noqa: F401
 
-from pipeline.checkpoint import Checkpoints, DamagedCheckpoint, StaleAttempt
-from pipeline.storage import Store
+from pipeline.checkpoint import Checkpoints, DamagedCheckpoint, PartFile, StaleAttempt, Writer
+from pipeline.storage import StorageConfig, StorageError, Store
 
 
 def parts(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -24,9 +28,12 @@ def same(a: dict, b: dict) -> bool:
     return all(torch.equal(a[p][n], b[p][n]) for p in b for n in b[p]) and a.keys() == b.keys()
 
 
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> Checkpoints:
-    return Checkpoints(Store(tmp_path / "run"))
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def checkpoints(request, tmp_path: Path) -> Checkpoints:
+    if request.param == "local":
+        return Checkpoints(Store(tmp_path / "run"))
+    name = request.node.name.replace("[", "-").rstrip("]")
+    return Checkpoints(Store(f"s3://ckpt/{name}", StorageConfig(request.getfixturevalue("s3"), deadline_s=60)))
 
 
 def commit(checkpoints: Checkpoints, *steps: int, keep_last: int = 3, keep_every: int | None = None) -> None:
@@ -80,20 +87,17 @@ def test_retention_keeps_the_last_and_the_multiples(checkpoints: Checkpoints) ->
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "record"])
 def test_falls_back_to_the_checkpoint_before(checkpoints: Checkpoints, damage: str, capsys) -> None:
     commit(checkpoints, 1, 2)
-    newest = checkpoints.newest()[0]
-    root = checkpoints.store.local
+    newest, store = checkpoints.newest()[0], checkpoints.store
     if damage == "record":
-        (root / newest.name).write_text('{"kind": "checkpoi')
+        store.write(newest.name, b'{"kind": "checkpoi')
     else:
-        file = root / "data" / newest.parts["model"]["file"]
-        content = bytearray(file.read_bytes())
+        file = f"data/{newest.parts['model']['file']}"
+        content = bytearray(store.read(file))
+        content[len(content) // 2] ^= 1
         if damage == "delete":
-            file.unlink()
-        elif damage == "truncate":
-            file.write_bytes(content[:-7])
+            store.delete(file)
         else:
-            content[len(content) // 2] ^= 1
-            file.write_bytes(content)
+            store.write(file, bytes(content[:-7] if damage == "truncate" else content))
     record, loaded = checkpoints.newest()
     assert record.step == 1
     assert same(loaded, parts(1))
@@ -123,6 +127,79 @@ def test_a_stale_attempt_cannot_commit(checkpoints: Checkpoints) -> None:
     commit(checkpoints, 5)  # whose claim removes what the stale attempt left behind
     named = {e["file"] for r in checkpoints.records() for e in r.parts.values()}
     assert {name.removeprefix("data/") for name in data_files(checkpoints)} == named
+
+
+def test_a_failed_save_is_noticed_and_ends_the_writer(checkpoints: Checkpoints) -> None:
+    stale = checkpoints.claim({})
+    stale.save(1, parts(1), {}, 1, None)
+    stale.wait()
+    stale.check()
+    commit(checkpoints, 2)
+    stale.save(3, parts(3), {}, 1, None)
+    for _ in range(1000):
+        if stale.error:
+            break
+        time.sleep(0.01)
+    for again in (stale.check, stale.wait, lambda: stale.save(4, parts(4), {}, 1, None), stale.close):
+        with pytest.raises(StaleAttempt, match="cannot commit step 3"):
+            again()
+    assert not [name for name in data_files(checkpoints) if "step-3" in name]  # it did not even begin
+
+
+def test_an_attempt_that_wakes_up_late_deletes_nothing_of_its_successor(checkpoints: Checkpoints) -> None:
+    """Its own cleaning and retention may run after the successor has written data, and before that is committed."""
+    commit(checkpoints, 1, 2)
+    late = checkpoints.claim({})
+    late.save(3, parts(3), {}, 9, None)
+    late.wait()
+    writing, go_on = threading.Event(), threading.Event()
+
+    class Slow(Store):
+        def create(self, name: str, data: bytes) -> bool:
+            writing.set()  # the data is there, the record is not
+            assert go_on.wait(60)
+            return super().create(name, data)
+
+    successor = checkpoints.claim({})
+    successor.store = Slow(checkpoints.store.url, checkpoints.store.config)
+    successor.save(3, parts(3), {}, 9, None)  # the same content
+    assert writing.wait(60)
+    before = data_files(checkpoints)
+    checkpoints._sweep(next(r for r in checkpoints.records() if r.attempt == late.attempt))
+    assert data_files(checkpoints) == before
+    late._retain(1, None)
+    late.records[:0] = [late.records[-1]]
+    late._retain(1, None)  # even of its own checkpoint of that step
+    go_on.set()
+    successor.close()
+    record, loaded = checkpoints.newest()
+    assert record.attempt == successor.attempt
+    assert same(loaded, parts(3))
+
+
+def test_files_are_safetensors(checkpoints: Checkpoints) -> None:
+    dtypes = (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
+    state = {f"{dtype}": (torch.arange(5) % 3).to(dtype) for dtype in dtypes} | {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+        "turned": torch.arange(12.0).view(3, 4).T,
+        "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    }
+    file = PartFile(state)
+    file.copy(state)
+    loaded = safetensors.torch.load(bytes(file.data))
+    assert loaded.keys() == state.keys()
+    for name, tensor in state.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_a_slow_store_holds_training_up_and_says_so(checkpoints: Checkpoints, capsys, monkeypatch) -> None:
+    commit_ = Writer._commit
+    monkeypatch.setattr(Writer, "_commit", lambda *a: (time.sleep(1.2), commit_(*a)))
+    commit(checkpoints, 1, 2, 3)
+    assert "training waited" in capsys.readouterr().out
+    assert [r.step for r in checkpoints.records() if r.kind == "checkpoint"] == [1, 2, 3]  # all that were asked for
 
 
 def test_of_racing_attempts_exactly_one_commits(checkpoints: Checkpoints) -> None:
@@ -198,6 +275,103 @@ def test_a_crash_at_any_operation_leaves_a_valid_checkpoint(tmp_path: Path) -> N
         assert record.step >= before
         assert same(loaded, parts(record.step))
     assert crashes >= 15
+
+
+def _save_for_ever(url: str, config: StorageConfig, telling) -> None:
+    checkpoints = Checkpoints(Store(url, config))
+    found = checkpoints.newest()
+    step = found[0].step if found else 0
+    writer = checkpoints.claim({})
+    while True:
+        step += 1
+        writer.save(step, parts(step), {}, 2, None)
+        telling.send(step)
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_20_crashes_on_s3_leave_a_valid_checkpoint(s3) -> None:  # noqa: F811
+    """A process that writes one checkpoint after the other is killed, somewhere in one, through failing requests."""
+    url, context, rng = "s3://ckpt/crashes", multiprocessing.get_context("fork"), random.Random(0)
+    checkpoints, reached, unfinished = Checkpoints(Store(url, StorageConfig(s3, deadline_s=60))), 0, 0
+    with FaultProxy(s3, rate=0.3, seed=4) as proxy:
+        proxy.stall_s = 0.3
+        for crash in range(20):
+            ours, theirs = context.Pipe()
+            child = context.Process(target=_save_for_ever, args=(url, StorageConfig(proxy.url, deadline_s=60), theirs))
+            child.start()
+            for _ in range(2 if crash == 0 else 1):  # the first: until a checkpoint is committed
+                assert ours.poll(60)
+                ours.recv()
+            time.sleep(rng.random() * 1.5)
+            assert child.is_alive()
+            child.kill()
+            child.join()
+            record, loaded = checkpoints.newest()
+            assert record.step >= reached
+            assert same(loaded, parts(record.step))
+            reached = record.step
+            kept = [r for r in checkpoints.records() if r.kind == "checkpoint"]
+            assert all(same(checkpoints.newest(step=r.step)[1], parts(r.step)) for r in kept)
+            numbers = {f"{r.number:08d}" for r in kept}
+            unfinished += any(name[5:13] not in numbers for name in data_files(checkpoints))
+        assert sum(proxy.counts.values()) - proxy.counts["passed"] > 50
+    assert unfinished >= 5  # crashes that struck between the first part and the record
+    checkpoints.claim({}).close()
+    assert {name[5:13] for name in data_files(checkpoints)} == numbers
+
+
+@pytest.mark.s3
+def test_racing_attempts_through_lost_replies(s3) -> None:  # noqa: F811
+    """Two attempts at a time, each claiming and saving until it is told that it is stale: one is left, and has lost
+    nothing of what it was told is committed."""
+    for race in range(4):
+        url = f"s3://ckpt/race-{race}"
+        with FaultProxy(s3, rate=0.4, seed=race, faults=["lost", "500", "reset"]) as proxy:
+            start, wins = threading.Barrier(2), {0: [], 1: []}
+
+            def attempt(number: int, url=url, proxy=proxy, start=start, wins=wins) -> None:
+                start.wait()
+                writer = Checkpoints(Store(url, StorageConfig(proxy.url, deadline_s=60))).claim({"number": number})
+                try:
+                    for step in (1, 2):
+                        writer.save(step, parts(10 * number + step), {"number": number}, 9, None)
+                        writer.wait()
+                        wins[number].append(step)
+                        start.wait(60)
+                except StaleAttempt:
+                    start.abort()
+                except threading.BrokenBarrierError:
+                    writer.save(2, parts(10 * number + 2), {"number": number}, 9, None)
+                    writer.wait()
+                    wins[number].append(2)
+
+            threads = [threading.Thread(target=attempt, args=(n,)) for n in (0, 1)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        checkpoints = Checkpoints(Store(url, StorageConfig(s3)))
+        committed = [(r.meta["number"], r.step) for r in checkpoints.records() if r.kind == "checkpoint"]
+        (winner,) = [number for number, steps in wins.items() if steps]
+        assert committed == [(winner, 1), (winner, 2)]
+        assert same(checkpoints.newest()[1], parts(10 * winner + 2))
+
+
+@pytest.mark.s3
+def test_a_store_that_goes_away_ends_the_writer_at_its_deadline(s3) -> None:  # noqa: F811
+    with FaultProxy(s3, rate=0.0, faults=["500", "reset"]) as proxy:
+        checkpoints = Checkpoints(Store("s3://ckpt/away", StorageConfig(proxy.url, deadline_s=3)))
+        writer = checkpoints.claim({})
+        writer.save(1, parts(1), {}, 3, None)
+        writer.wait()
+        proxy.rate = 1.0
+        writer.save(2, parts(2), {}, 3, None)
+        with pytest.raises(StorageError, match="gave up after"):
+            writer.close()
+        proxy.rate = 0.0
+        assert checkpoints.newest()[0].step == 1
 
 
 def test_no_pickle_is_ever_read(checkpoints: Checkpoints) -> None:
