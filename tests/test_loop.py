@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import loop
-from pipeline.checkpoint import Checkpoints
+from pipeline.checkpoint import Checkpoints, DamagedCheckpoint
 from pipeline.data import load_index, stream
 from pipeline.loop import INTERRUPTED, NonFinite, TrainState, train, train_step
 from pipeline.storage import Store
@@ -202,6 +202,26 @@ def test_a_damaged_shard_is_one_clear_error_and_loses_nothing(digits: str, tmp_p
     assert "damaged" in result.stderr
     assert "Traceback" not in result.stderr
     assert Checkpoints(Store(str(out))).newest()[0].step == 4
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(digits: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    train(tiny(digits, tmp_path / "whole"), World())
+    train(tiny(digits, out, "--horizon", "8steps"), World())
+    file = Checkpoints(Store(str(out))).newest()[0].parts["optimizer"]["file"]
+    part = out / "checkpoints" / "data" / file
+    part.write_bytes(part.read_bytes()[:-100])
+    assert train(tiny(digits, out), World()) == "finished"
+    said = capsys.readouterr().out
+    assert "trying the checkpoint before it" in said
+    assert "resuming at step 4" in said
+    assert_same(newest(out), newest(tmp_path / "whole"))
+    assert losses(out) == losses(tmp_path / "whole")
+
+    for part in (out / "checkpoints" / "data").iterdir():
+        part.write_bytes(b"")
+    with pytest.raises(DamagedCheckpoint, match=r"none of the .* is whole"):
+        train(tiny(digits, out, "--horizon", "20steps"), World())
 
 
 @pytest.fixture
