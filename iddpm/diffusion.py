@@ -52,15 +52,11 @@ class Diffusion:
     ValueError if `keep` is not increasing, or leaves the range of timesteps.
     """
 
-    def __init__(
-        self, config: DiffusionConfig, keep: Sequence[int] | None = None, device: torch.device | str = "cpu"
-    ):
+    def __init__(self, config: DiffusionConfig, keep: Sequence[int] | None = None, device: torch.device | str = "cpu"):
         betas = make_betas(config.schedule, config.timesteps)
         kept = list(range(config.timesteps)) if keep is None else list(keep)
         if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= config.timesteps:
-            raise ValueError(
-                f"keep: got {kept}, expected increasing timesteps from 0 to {config.timesteps - 1}"
-            )
+            raise ValueError(f"keep: got {kept}, expected increasing timesteps from 0 to {config.timesteps - 1}")
         one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         if keep is not None:
             kept_cumprod = (1 - betas).cumprod(0)[kept]
@@ -81,9 +77,7 @@ class Diffusion:
         posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.posterior_variance = posterior_variance.to(device)
         self.posterior_mean_coef1 = (betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)).to(device)
-        self.posterior_mean_coef2 = (
-            (1 - alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - alphas_cumprod)
-        ).to(device)
+        self.posterior_mean_coef2 = ((1 - alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - alphas_cumprod)).to(device)
         # At t = 0 the posterior's variance is 0 and has no log; the one of t = 1 stands in.
         first = posterior_variance[1:2] if self.num_timesteps > 1 else betas
         self.posterior_log_variance_clipped = torch.cat([first, posterior_variance[1:]]).log().to(device)

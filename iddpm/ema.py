@@ -43,11 +43,7 @@ class EMA:
             got = {name: tensor.shape for name, tensor in state[rate].items()}
             expected = {name: tensor.shape for name, tensor in average.items()}
             if got != expected:
-                differ = sorted(
-                    name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name)
-                )
-                raise ValueError(
-                    f"ema weights at rate {rate}: names or shapes differ from the model's: {differ}"
-                )
+                differ = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+                raise ValueError(f"ema weights at rate {rate}: names or shapes differ from the model's: {differ}")
             for name, tensor in average.items():
                 tensor.copy_(state[rate][name])

@@ -54,9 +54,7 @@ def ddim(
     `ancestral` does.
     """
     if eta > 0 and noise is None:
-        raise ValueError(
-            f"noise: got None with eta={eta}, expected a function of the timestep; only eta=0 draws none"
-        )
+        raise ValueError(f"noise: got None with eta={eta}, expected a function of the timestep; only eta=0 draws none")
     x = x_T
     for i in reversed(range(diffusion.num_timesteps)):
         z = noise(i) if noise is not None and eta > 0 and i > 0 else torch.zeros_like(x)

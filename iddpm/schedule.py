@@ -35,9 +35,7 @@ def respace(timesteps: int, spec: str) -> list[int]:
     by_stride = spec.startswith("ddim")
     fields = [spec.removeprefix("ddim")] if by_stride else spec.split(",")
     if not all(field.strip().isdecimal() and int(field) >= 1 for field in fields):
-        raise ValueError(
-            f'timesteps to keep: got {spec!r}, expected a spec like "250", "10,15,20" or "ddim50"'
-        )
+        raise ValueError(f'timesteps to keep: got {spec!r}, expected a spec like "250", "10,15,20" or "ddim50"')
     counts = [int(field) for field in fields]
     if by_stride:
         for step in range(1, timesteps + 1):
@@ -53,9 +51,7 @@ def respace(timesteps: int, spec: str) -> list[int]:
     for section, count in enumerate(counts):
         length = size + (section < longer)
         if count > length:
-            raise ValueError(
-                f"timesteps to keep: got {spec!r}, but section {section + 1} has only {length} timesteps"
-            )
+            raise ValueError(f"timesteps to keep: got {spec!r}, but section {section + 1} has only {length} timesteps")
         stride = (length - 1) / (count - 1) if count > 1 else 0.0
         # A running sum, not a product: it decides which way a half rounds, and published numbers have it so.
         kept += [start + round(p) for p in accumulate(repeat(stride, count - 1), initial=0.0)]

@@ -133,6 +133,4 @@ def _check_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if got != expected:
-        raise ValueError(
-            f"timestep sampler's state: got {got}, expected {expected}; was it saved with other settings?"
-        )
+        raise ValueError(f"timestep sampler's state: got {got}, expected {expected}; was it saved with other settings?")

@@ -38,9 +38,7 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, emb_channels: int, config: UNetConfig):
         super().__init__()
         self.scale_shift_norm = config.scale_shift_norm
-        self.in_layers = nn.Sequential(
-            GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         emb_out = 2 * out_channels if config.scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
         self.out_layers = nn.Sequential(
@@ -170,9 +168,7 @@ class UNet(nn.Module):
                     size *= 2
                 self.output_blocks.append(Stage(stage))
 
-        self.out = nn.Sequential(
-            GroupNorm(width), nn.SiLU(), _zeroed(nn.Conv2d(width, out_channels, 3, padding=1))
-        )
+        self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), _zeroed(nn.Conv2d(width, out_channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         if (y is None) != (self.config.num_classes is None):

@@ -25,9 +25,7 @@ def draw(folders: Sequence[Path], out: Path) -> None:
     for folder in folders:
         rows = [r["metrics"] for r in read_journal(folder) if r["kind"] == "metrics"]
         if not rows:
-            raise ValueError(
-                f"{folder}: no journal with metrics there; expected the folder of a training run"
-            )
+            raise ValueError(f"{folder}: no journal with metrics there; expected the folder of a training run")
         for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
             points = [(row["train/images"], row[name]) for row in rows if row[name] > 0]
             axis.plot(*zip(*points, strict=True), label=folder.name, linewidth=1.2)

@@ -129,9 +129,7 @@ def main(config: EvaluateConfig, world: World) -> None:
     index = load_index(store, config.split)
     expected = (run.model.in_channels, run.model.image_size, run.model.image_size)
     if index.shape != expected:
-        raise ValueError(
-            f"{store.url}: its images are {index.shape} (channels, height, width), the run's {expected}"
-        )
+        raise ValueError(f"{store.url}: its images are {index.shape} (channels, height, width), the run's {expected}")
     n = min(config.images or index.num_samples, index.num_samples)
     images, labels = samples(store, index, range(n))
     with autocast(world.device, run.precision):
@@ -150,9 +148,7 @@ def main(config: EvaluateConfig, world: World) -> None:
     if nll is None:
         return
     print(report(nll))
-    print(
-        f"(step {trained.step}, EMA {trained.ema_rate:g}, {n} images of {config.split!r}, seed {config.seed})"
-    )
+    print(f"(step {trained.step}, EMA {trained.ema_rate:g}, {n} images of {config.split!r}, seed {config.seed})")
     if config.out:
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")

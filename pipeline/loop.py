@@ -63,9 +63,7 @@ class TrainState:
         self.optimizer = torch.optim.AdamW(
             self.params.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
-        for p in (
-            self.params.values()
-        ):  # made now, so that a checkpoint is the same before and after the first step
+        for p in self.params.values():  # made now, so that a checkpoint is the same before and after the first step
             self.optimizer.state[p] = {
                 "step": torch.zeros((), device=world.device),
                 "exp_avg": torch.zeros_like(p),
@@ -150,9 +148,7 @@ class Metrics:
         self.reset()
         names = ("loss", "mse", "vb")
         count = sum(row[0] for row in quartiles)
-        means = {
-            f"train/{name}": sum(row[2 + i] for row in quartiles) / count for i, name in enumerate(names)
-        }
+        means = {f"train/{name}": sum(row[2 + i] for row in quartiles) / count for i, name in enumerate(names)}
         for q, row in enumerate(quartiles):
             if row[0]:
                 means |= {f"train/{name}_q{q}": row[2 + i] / row[1] for i, name in enumerate(names)}
@@ -209,9 +205,7 @@ def train_step(state: TrainState, batch: Batch, world: World) -> None:
         state.sampler.update(all_t, gather.wait())
 
 
-def to_device(
-    batch: Batch, index: Tensor, config: TrainConfig, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
+def to_device(batch: Batch, index: Tensor, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Images as [-1, 1] on the device, flipped where chance wants it, and labels where the model takes them."""
     images = batch.images.pin_memory() if device.type == "cuda" else batch.images
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
@@ -232,9 +226,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 # ------------------------------------------------------------------------------------------- a run
 
 
-def train(
-    config: TrainConfig, world: World, report: Callable[[int, dict[str, float]], None] | None = None
-) -> str:
+def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, float]], None] | None = None) -> str:
     """Train until the horizon or a signal: "finished" or "interrupted". Resumes what is at `config.out`.
 
     `report` is called with the step and its values at each log line, on every rank.
@@ -299,9 +291,7 @@ def train(
 
                 if state.step % DIGEST_EVERY == 0 and state.sampler.needs_losses:
                     digests = world.gather(int(state.sampler.digest()))
-                    assert len(set(digests)) == 1, (
-                        f"step {state.step}: the timestep samplers differ: {digests}"
-                    )
+                    assert len(set(digests)) == 1, f"step {state.step}: the timestep samplers differ: {digests}"
                 if state.step % config.log_every == 0 or state.step == steps:
                     state.metrics.check_finite(world)
                     values = state.metrics.read(world) | clock.read(state)
@@ -339,9 +329,7 @@ def _open(config: TrainConfig, run: Store, world: World) -> tuple[ShardIndex, tu
             f"--model.num-classes: got {model.num_classes}, expected at least the {index.num_classes} of the data"
         )
     if config.batch_size < world.size:
-        raise ValueError(
-            f"--batch-size: got {config.batch_size}, expected at least one image for {world.size} ranks"
-        )
+        raise ValueError(f"--batch-size: got {config.batch_size}, expected at least one image for {world.size} ranks")
     if world.rank != 0:
         return index, None
     run.check(write=True)
@@ -420,9 +408,7 @@ def _checkpoint(
     for epoch in [e for e in epochs if (e + 1) * index.num_samples <= state.images]:
         digest = state.epoch_digests.pop(epoch)
         expected = expected_digest(index, epoch)
-        assert digest == expected, (
-            f"epoch {epoch} did not have each sample once: digest {digest}, not {expected}"
-        )
+        assert digest == expected, f"epoch {epoch} did not have each sample once: digest {digest}, not {expected}"
         tracker.epoch(epoch, digest)
     meta = {
         "images": state.images,

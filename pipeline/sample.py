@@ -59,9 +59,7 @@ def load_trained(
     rates = from_record(records[-1].meta["config"]).ema_rates
     rate = rates[0] if ema_rate is None else ema_rate
     if rate not in (0, *rates):
-        raise ValueError(
-            f"--ema-rate: got {rate}, the run has {', '.join(map(str, rates))}, or 0 for the weights"
-        )
+        raise ValueError(f"--ema-rate: got {rate}, the run has {', '.join(map(str, rates))}, or 0 for the weights")
     part = ema_part(rate) if rate else "model"
     found = checkpoints.newest(parts=(part,), step=step)
     assert found, "there are records"
@@ -148,9 +146,7 @@ def grid_png(images: Tensor) -> bytes:
     rows = math.ceil(n / columns)
     scale = max(1, 64 // height)
     gap = 2
-    canvas = np.full(
-        (rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 255, np.uint8
-    )
+    canvas = np.full((rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 255, np.uint8)
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         tile = image.repeat(scale, 0).repeat(scale, 1)
         top = gap + i // columns * (height * scale + gap)
@@ -213,9 +209,7 @@ def main(config: SampleConfig, world: World) -> None:
     if images is not None:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         Path(config.out).write_bytes(grid_png(images))
-        print(
-            f"{config.count} images, {steps} steps, EMA {trained.ema_rate:g}, step {trained.step}: {config.out}"
-        )
+        print(f"{config.count} images, {steps} steps, EMA {trained.ema_rate:g}, step {trained.step}: {config.out}")
 
 
 if __name__ == "__main__":

@@ -34,9 +34,7 @@ def journal_dir(out: str) -> Path:
         return Path(out)
     if out.startswith("file://"):
         return Path(urlsplit(out).path)
-    return (
-        Path("runs") / f"{out.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
-    )
+    return Path("runs") / f"{out.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
 
 
 def read_journal(run: Path | Store) -> list[dict[str, Any]]:
@@ -140,9 +138,7 @@ class Tracker:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(png)
         if step > self.last["image"]:
-            self._append(
-                {"kind": "image", "step": step, "key": key, "file": str(path.relative_to(self.folder))}
-            )
+            self._append({"kind": "image", "step": step, "key": key, "file": str(path.relative_to(self.folder))})
             self.last["image"] = step
         return path
 
@@ -284,9 +280,7 @@ def _send(client: Any, run_id: str, folder: Path, records: Sequence[dict[str, An
         millis = int(record["time"] * 1000)
         match record["kind"]:
             case "metrics" if record["step"] > last_step:
-                metrics += [
-                    Metric(key, value, millis, record["step"]) for key, value in record["metrics"].items()
-                ]
+                metrics += [Metric(key, value, millis, record["step"]) for key, value in record["metrics"].items()]
             case "run":
                 params = [Param(key, str(value)[:500]) for key, value in flatten(record["config"]).items()]
                 client.log_batch(run_id, params=params, tags=[RunTag("iddpm.folder", str(folder.resolve()))])
