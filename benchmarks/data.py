@@ -122,10 +122,7 @@ def measure(
     print(f"{images:,} images of 64x64x3, batches of {BATCH}, {workers} threads; images/s of one process")
     print(f"{'shards':8}{'from':12}{'cache':8}{'ours':>10}{'webdataset':>12}{'ratio':>8}")
     for encoding, place, state, mine, other in rows:
-        print(
-            f"{encoding:8}{place:12}{state:8}"
-            f"{images / mine:10,.0f}{images / other:12,.0f}{other / mine:7.1f}x"
-        )
+        print(f"{encoding:8}{place:12}{state:8}{images / mine:10,.0f}{images / other:12,.0f}{other / mine:7.1f}x")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ that reason. Only the writer of record n - 1 ever writes data of number n: so no
 overwrites or deletes what another one has written and needs.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -183,7 +184,7 @@ class Writer:
         keep_every: int | None,
         first: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy the tensors and commit them in the background, which calls `first` before it writes anything itself.
+        """Copy the tensors and `meta`, and commit them in the background; `first` is called there before all else.
 
         Raises what an earlier save raised (StorageError, StaleAttempt).
         """
@@ -202,7 +203,7 @@ class Writer:
         for device in {t.device for tensors in parts.values() for t in tensors.values() if t.is_cuda}:
             torch.cuda.synchronize(device)
         self.stall_s = time.perf_counter() - start
-        record = Record(self.number + 1, "checkpoint", self.attempt, step, {}, meta)
+        record = Record(self.number + 1, "checkpoint", self.attempt, step, {}, copy.deepcopy(meta))
         self._jobs.put(lambda: self._commit(record, keep_last, keep_every, first))
 
     def check(self) -> None:
@@ -288,11 +289,7 @@ class PartFile:
         for name in self.names:
             tensor = tensors[name]
             start, end = end, end + tensor.nbytes
-            header[name] = {
-                "dtype": _DTYPES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [start, end],
-            }
+            header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         # Kept between saves: fresh pages cost more than the copy itself.

@@ -21,14 +21,12 @@ import io
 import json
 import logging
 import os
-import queue
 import tarfile
 import tempfile
-import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import time_ns
@@ -93,9 +91,7 @@ class ShardIndex:
 # --- writing ---
 
 
-def pack_shard(
-    samples: Iterable[tuple[str, np.ndarray, int]], encoding: Encoding
-) -> tuple[bytes, dict[str, Any]]:
+def pack_shard(samples: Iterable[tuple[str, np.ndarray, int]], encoding: Encoding) -> tuple[bytes, dict[str, Any]]:
     """The bytes of a tar of (key, image uint8 [C, H, W], label) and its entry for the index.
 
     The same samples give the same bytes.
@@ -186,16 +182,12 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
         content = json.loads(data)
         digest = content.pop("digest")
         if content["format"] != FORMAT:
-            raise StorageError(
-                f"{where} has format {content['format']}, this program reads {FORMAT}: prepare it anew"
-            )
+            raise StorageError(f"{where} has format {content['format']}, this program reads {FORMAT}: prepare it anew")
         if _digest(content) != digest:
             raise ValueError("its digest does not match")
         entries = content["shards"]
         columns = {
-            name: np.concatenate(
-                [np.asarray(entry[name], np.int64) for entry in entries] or [np.empty(0, np.int64)]
-            )
+            name: np.concatenate([np.asarray(entry[name], np.int64) for entry in entries] or [np.empty(0, np.int64)])
             for name in ("offset", "size", "crc32", "label")
         }
         counts = [len(entry["label"]) for entry in entries]
@@ -215,9 +207,7 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
             **columns,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(
-            f"{where} is damaged ({error}): run the same pipeline.prepare command again"
-        ) from error
+        raise StorageError(f"{where} is damaged ({error}): run the same pipeline.prepare command again") from error
 
 
 # --- order ---
@@ -344,6 +334,9 @@ def _verify(file: _File, shard: Shard) -> bool:
     return True
 
 
+_BYPASS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+
+
 class Cache:
     """Whole shards on a local disk, shared by all processes of a node, at most `max_bytes` of them.
 
@@ -367,19 +360,10 @@ class Cache:
                     return file
                 return self._fetch(store, shard, path)
         except OSError as error:
-            if error.errno not in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EROFS,
-                errno.EACCES,
-                errno.EPERM,
-                errno.ENOTDIR,
-            ):
+            if error.errno not in _BYPASS:
                 raise
             if not self.warned:
-                log.warning(
-                    "the shard cache %s is bypassed, shards stay in memory: %s", self.directory, error
-                )
+                log.warning("the shard cache %s is bypassed, shards stay in memory: %s", self.directory, error)
             self.warned = True
         return _in_memory(store, shard)
 
@@ -403,13 +387,15 @@ class Cache:
                 self._make_room(shard.bytes)
                 temporary.touch()
             store.download(shard.name, temporary, shard.sha256)
-            os.replace(temporary, path)
+            file = self._cached(temporary, shard)  # open before others can evict it
+            if file is None:
+                raise StorageError(f"{temporary} changed while it was written: is the cache's disk sound?")
+            file.evict = path
+            with self._lock("evict"):  # who adds up the files must find this one under one name or the other
+                os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        file = self._cached(path, shard)
-        if file is None:
-            raise StorageError(f"{path} changed while it was written: is the cache's disk sound?")
         return file
 
     def _make_room(self, incoming: int) -> None:
@@ -462,59 +448,20 @@ def _in_memory(store: Store, shard: Shard) -> _File:
 # --- reading ---
 
 
-class _Threads:
-    """A few daemon threads: unlike an executor's they never hold up the end of the process."""
-
-    def __init__(self, count: int, name: str) -> None:
-        self.tasks: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = (
-            queue.SimpleQueue()
-        )
-        self.threads = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(count)]
-        for thread in self.threads:
-            thread.start()
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        self.tasks.put((future, function, arguments))
-        return future
-
-    def close(self) -> None:
-        """Cancel what has not begun; threads end when what they are at is done."""
-        with contextlib.suppress(queue.Empty):
-            while task := self.tasks.get_nowait():
-                task[0].cancel()
-        for _ in self.threads:
-            self.tasks.put(None)
-
-    def _work(self) -> None:
-        while task := self.tasks.get():
-            future, function, arguments = task
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(*arguments))
-                except BaseException as error:
-                    future.set_exception(error)
-            del task, future, function, arguments  # keep no shard open while waiting
-
-
 class Reader:
     """Samples by id, every one checked against the index. Shards are opened ahead by threads of its own."""
 
     def __init__(self, store: Store, index: ShardIndex, cache: Cache | None = None, threads: int = 2) -> None:
         self.store, self.index, self.cache = store, index, cache
         self.files: dict[int, Future[_File]] = {}
-        self.threads = _Threads(threads, "shards")
+        self.threads = ThreadPoolExecutor(threads, "shards")
 
     def open(self, shards: Iterable[int]) -> dict[int, Future[_File]]:
         """Begin to open these shards, in this order, and let go of the others."""
-        self.files = {
-            s: self.files.get(s) or self.threads.submit(self._open, s) for s in dict.fromkeys(shards)
-        }
+        self.files = {s: self.files.get(s) or self.threads.submit(self._open, s) for s in dict.fromkeys(shards)}
         return self.files
 
-    def read(
-        self, ids: np.ndarray, files: dict[int, Future[_File]] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, ids: np.ndarray, files: dict[int, Future[_File]] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Images uint8 [n, C, H, W] and labels int64 [n] of these samples, in this order."""
         import torch
 
@@ -532,7 +479,7 @@ class Reader:
         return torch.from_numpy(images), torch.from_numpy(index.label[ids])
 
     def close(self) -> None:
-        self.threads.close()
+        self.threads.shutdown(wait=False, cancel_futures=True)
         self.files = {}
 
     def _open(self, number: int) -> _File:
@@ -548,23 +495,25 @@ class Reader:
         return file
 
     def _damage(self, file: _File, number: int) -> StorageError:
-        """The error that says what is wrong with a shard, down to the sample."""
-        index, shard = self.index, self.index.shards[number]
-        what = "bytes between its samples differ"
-        for i in range(int(index.starts[number]), int(index.starts[number + 1])):
-            data = os.pread(file.descriptor, int(index.size[i]), int(index.offset[i]))
-            if zlib.crc32(data) != index.crc32[i]:
-                fault = "is cut off" if len(data) < index.size[i] else "does not match its checksum"
-                place = i - int(index.starts[number])
-                what = f"sample {i} (number {place} of {shard.num_samples} in it) {fault}"
-                break
-        length = os.fstat(file.descriptor).st_size
-        if length != shard.bytes:
-            what += f", the file has {length} bytes instead of {shard.bytes}"
+        content = os.pread(file.descriptor, os.fstat(file.descriptor).st_size, 0)
+        what = damage(self.index, number, content)
         if file.evict:
             file.evict.unlink(missing_ok=True)
             return StorageError(f"{file.where} is damaged: {what}; it was removed, run the command again")
         return StorageError(f"shard {file.where} is damaged: {what}; {_REPAIR}")
+
+
+def damage(index: ShardIndex, number: int, content: bytes) -> str:
+    """What is wrong with the bytes of a damaged shard, down to the sample."""
+    shard, what = index.shards[number], "bytes between its samples differ"
+    for i in range(int(index.starts[number]), int(index.starts[number + 1])):
+        data = content[index.offset[i] : index.offset[i] + index.size[i]]
+        if zlib.crc32(data) != index.crc32[i]:
+            fault = "is cut off" if len(data) < index.size[i] else "does not match its checksum"
+            what = f"sample {i} (number {i - int(index.starts[number])} of {shard.num_samples} in it) {fault}"
+            break
+    size = len(content)
+    return what if size == shard.bytes else f"{what}, the file has {size} bytes instead of {shard.bytes}"
 
 
 def _read_raw(descriptor: int, offset: int, size: int, image: np.ndarray) -> int:
@@ -641,6 +590,8 @@ def stream(
     `window` shards are shuffled together. `workers` threads read and decode, up to `ahead` batches in
     advance; the shards of the next window are fetched meanwhile. Close the iterator to end the threads.
     """
+    import torch
+
     hi = batch_size if hi is None else hi
     if not index.num_samples:
         raise ValueError(f"the {index.split} dataset at {store} is empty")
@@ -656,39 +607,25 @@ def stream(
             f"data cache: got {cache.max_bytes} bytes, expected at least {need}, two windows of "
             f"{window} shards of {store}: raise the limit or shuffle fewer shards together"
         )
-    return _stream(
-        store, index, _Order(index, seed, window), position, batch_size, lo, hi, workers, ahead, cache
-    )
+    order = _Order(index, seed, window)
 
+    def batches(position: int) -> Generator[Batch, None, None]:
+        def load(ids: np.ndarray, first: int, files: dict[int, Future[_File]]) -> Batch:
+            images, labels = reader.read(ids, files)
+            return Batch(images, labels, torch.from_numpy(ids), torch.arange(first, first + len(ids)))
 
-def _stream(
-    store: Store,
-    index: ShardIndex,
-    order: _Order,
-    position: int,
-    batch_size: int,
-    lo: int,
-    hi: int,
-    workers: int,
-    ahead: int,
-    cache: Cache | None,
-) -> Generator[Batch, None, None]:
-    import torch
+        reader, decoders = Reader(store, index, cache), ThreadPoolExecutor(workers, "decode")
+        pending: deque[Future[Batch]] = deque()
+        try:
+            while True:
+                while len(pending) < ahead:
+                    ids = order.slice(position + lo, position + hi)
+                    files = reader.open([*index.shard_of(ids).tolist(), *order.shards_from(position + hi)])
+                    pending.append(decoders.submit(load, ids, position + lo, files))
+                    position += batch_size
+                yield pending.popleft().result()
+        finally:
+            decoders.shutdown(wait=False, cancel_futures=True)
+            reader.close()
 
-    def load(ids: np.ndarray, first: int, files: dict[int, Future[_File]]) -> Batch:
-        images, labels = reader.read(ids, files)
-        return Batch(images, labels, torch.from_numpy(ids), torch.arange(first, first + len(ids)))
-
-    reader, decoders = Reader(store, index, cache), _Threads(workers, "decode")
-    pending: deque[Future[Batch]] = deque()
-    try:
-        while True:
-            while len(pending) < ahead:
-                ids = order.slice(position + lo, position + hi)
-                files = reader.open([*index.shard_of(ids).tolist(), *order.shards_from(position + hi)])
-                pending.append(decoders.submit(load, ids, position + lo, files))
-                position += batch_size
-            yield pending.popleft().result()
-    finally:
-        decoders.close()
-        reader.close()
+    return batches(position)

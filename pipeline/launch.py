@@ -24,6 +24,8 @@ def run_under_ray(config: TrainConfig) -> int:
     One worker per GPU of the cluster, or per CPU where it has no GPU, unless `--workers` says how many.
     """
     config = replace(config, out=_absolute(config.out), data=replace(config.data, url=_absolute(config.data.url)))
+    if "/working_dir_files/" in config.out:
+        print(f"warning: --out {config.out} is in Ray's copy of the working directory; give a URL or an absolute path")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else Ray shows every line twice
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError

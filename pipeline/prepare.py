@@ -27,7 +27,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from pipeline.data import Encoding, ShardIndex, index_json, load_index, pack_shard, parse_index, permutation
+from pipeline.data import Encoding, ShardIndex, damage, index_json, load_index, pack_shard, parse_index, permutation
 from pipeline.storage import StorageConfig, StorageError, Store
 
 
@@ -62,13 +62,13 @@ class Digits(Output):
 class ImageNet64(Output):
     """The official downsampled ImageNet 64x64: train_data_batch_1.npz to _10.npz and val_data.npz.
 
-    Takes a few hundred MB of memory. Compressed batches are unpacked into a scratch directory first (16 GB).
+    Takes a few hundred MB of memory. The batches are unpacked into a scratch directory first (16 GB).
     """
 
     source: Path
     """Directory with the 11 .npz files."""
     scratch: Path | None = None
-    """Where to unpack compressed batches; default: the system's temporary directory."""
+    """Where to unpack the batches; default: the system's temporary directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,15 +146,10 @@ def digits() -> list[Split]:
 
 
 def imagenet64(source: Path, scratch: Path) -> list[Split]:
-    files = {
-        "train": [source / f"train_data_batch_{i}.npz" for i in range(1, 11)],
-        "val": [source / "val_data.npz"],
-    }
+    files = {"train": [source / f"train_data_batch_{i}.npz" for i in range(1, 11)], "val": [source / "val_data.npz"]}
     missing = [path.name for paths in files.values() for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(
-            f"source: {source} lacks {', '.join(missing)}; expected the 11 files of ImageNet 64x64 (npz)"
-        )
+        raise ValueError(f"source: {source} lacks {', '.join(missing)}; expected the 11 files of ImageNet 64x64 (npz)")
     return [_npz_split(name, paths, scratch) for name, paths in files.items()]
 
 
@@ -165,9 +160,7 @@ def _npz_split(name: str, paths: Sequence[Path], scratch: Path) -> Split:
             if not {"data", "labels"} <= set(archive.files):
                 raise ValueError(f"has {', '.join(archive.files)}, expected data and labels")
             labels.append(np.asarray(archive["labels"]).reshape(-1))
-            if not np.issubdtype(labels[-1].dtype, np.integer) or np.any(
-                (labels[-1] < 1) | (labels[-1] > 1000)
-            ):
+            if not np.issubdtype(labels[-1].dtype, np.integer) or np.any((labels[-1] < 1) | (labels[-1] > 1000)):
                 raise ValueError("labels: expected whole numbers from 1 to 1000")
             pixels.append(_map_array(path, "data.npy", scratch))
             if pixels[-1].shape != (len(labels[-1]), 3 * 64 * 64) or pixels[-1].dtype != np.uint8:
@@ -180,40 +173,26 @@ def _npz_split(name: str, paths: Sequence[Path], scratch: Path) -> Split:
         return np.asarray(pixels[part][i - starts[part]]).reshape(3, 64, 64)  # planes R, G, B
 
     classes = np.concatenate(labels).astype(np.int64) - 1
-    content = hashlib.sha256(
-        classes.tobytes() + repr([path.stat().st_size for path in paths]).encode()
-    ).hexdigest()
+    content = hashlib.sha256(classes.tobytes() + repr([path.stat().st_size for path in paths]).encode()).hexdigest()
     names = [str(number) for number in range(1, 1001)]
     return Split(name, "ImageNet 64x64, official npz, box filter", content, (3, 64, 64), names, classes, load)
 
 
 def _map_array(path: Path, member: str, scratch: Path) -> np.ndarray:
-    """An array of an .npz as a file mapping, unpacked into `scratch` if compressed; its CRC is checked."""
+    """An array of an .npz as a file mapping, unpacked into `scratch`; its CRC is checked."""
     with zipfile.ZipFile(path) as archive, archive.open(member) as packed:
         version = np.lib.format.read_magic(packed)
-        header = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(packed)
         if dtype.hasobject or fortran:
             raise ValueError(f"{member}: got Python objects or Fortran order, expected a plain array")
-        info, start, target = archive.getinfo(member), packed.tell(), path
-        if info.compress_type == zipfile.ZIP_STORED:
-            while packed.read(1 << 20):
-                pass
-            with path.open("rb") as file:  # behind the member's local header
-                file.seek(info.header_offset + 26)
-                start += info.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
-        else:
-            free = shutil.disk_usage(scratch).free
-            if free < info.file_size:
-                raise ValueError(
-                    f"needs {info.file_size:,} bytes in {scratch}, {free:,} are free: give --scratch"
-                )
-            start, target = 0, scratch / f"{path.stem}.raw"
-            with target.open("wb") as file:
-                shutil.copyfileobj(packed, file, 1 << 20)
-    return np.memmap(target, dtype, "r", start, shape)
+        free, size = shutil.disk_usage(scratch).free, archive.getinfo(member).file_size
+        if free < size:
+            raise ValueError(f"needs {size:,} bytes in {scratch}, {free:,} are free: give --scratch")
+        target = scratch / f"{path.stem}.raw"
+        with target.open("wb") as file:
+            shutil.copyfileobj(packed, file, 1 << 20)
+    return np.memmap(target, dtype, "r", shape=shape)
 
 
 @contextlib.contextmanager
@@ -301,14 +280,7 @@ def load_image(path: Path, size: int, grey: bool = False) -> np.ndarray:
 
 def write_split(store: Store, split: Split, options: Output) -> tuple[ShardIndex, list[str]]:
     """Write the shards that are not there yet, then the index; returns it and what was left out, by line."""
-    settings = [
-        split.fingerprint,
-        options.seed,
-        options.encoding,
-        options.shard_size,
-        split.shape,
-        *split.class_names,
-    ]
+    settings = [split.fingerprint, options.seed, options.encoding, options.shard_size, split.shape, *split.class_names]
     recipe = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
     finished = _finished(store, split.name, recipe)
     order = permutation(len(split.labels), "write", options.seed)
@@ -409,9 +381,7 @@ def prepare(options: Digits | ImageNet64 | Folder) -> None:
     store.check(write=True)
     with contextlib.ExitStack() as stack:
         if isinstance(options, ImageNet64):
-            scratch = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="imagenet64-", dir=options.scratch)
-            )
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="imagenet64-", dir=options.scratch))
             splits = imagenet64(options.source, Path(scratch))
         elif isinstance(options, Folder):
             splits = folder(options.source, options.size, options.grey, options.val_fraction)
@@ -422,9 +392,7 @@ def prepare(options: Digits | ImageNet64 | Folder) -> None:
             print(card(index), flush=True)
             if unreadable:
                 print(f"  {len(unreadable)} files could not be read and were left out:")
-                print(
-                    *(f"    {line}" for line in unreadable[:50]), *["    …"][: len(unreadable) > 50], sep="\n"
-                )
+                print(*(f"    {line}" for line in unreadable[:50]), *["    …"][: len(unreadable) > 50], sep="\n")
     print(f"wrote {store.url}")
 
 
@@ -435,9 +403,7 @@ def card(index: ShardIndex) -> str:
     """A few lines for a person: counts, classes, source, digest, bytes."""
     counts = np.bincount(index.label, minlength=max(index.num_classes, 1))
     names = ", ".join(index.class_names[:10]) + ("…" if index.num_classes > 10 else "")
-    classes = (
-        f"{index.num_classes} ({names}), {counts.min()} to {counts.max()} images each" if names else "none"
-    )
+    classes = f"{index.num_classes} ({names}), {counts.min()} to {counts.max()} images each" if names else "none"
     total = sum(shard.bytes for shard in index.shards)
     return "\n".join(
         [
@@ -452,12 +418,10 @@ def card(index: ShardIndex) -> str:
 
 def verify(store: Store) -> list[str]:
     """Check every shard's size and sha256, print the card; returns what is damaged, a line for each shard."""
-    splits = [
-        n.removesuffix(".index.json") for n in store.list() if n.endswith(".index.json") and "/" not in n
-    ]
+    splits = [n.removesuffix(".index.json") for n in store.list() if n.endswith(".index.json") and "/" not in n]
     if not splits:
         raise ValueError(f"url: {store} holds no dataset (no *.index.json)")
-    damage = []
+    found = []
     for split in splits:
         index = load_index(store, split)
         print(card(index), flush=True)
@@ -465,24 +429,15 @@ def verify(store: Store) -> list[str]:
             try:
                 data = store.read(shard.name)
             except FileNotFoundError:
-                damage.append(f"{shard.name} is missing")
+                found.append(f"{shard.name} is missing")
                 continue
-            if len(data) == shard.bytes and hashlib.sha256(data).hexdigest() == shard.sha256:
-                continue
-            ids = range(int(index.starts[number]), int(index.starts[number + 1]))
-            spans = ((i, int(index.offset[i]), int(index.size[i])) for i in ids)
-            bad = [i for i, start, size in spans if zlib.crc32(data[start : start + size]) != index.crc32[i]]
-            where = f"samples {bad[:8]}{'…' if len(bad) > 8 else ''}" if bad else "bytes between its samples"
-            damage.append(f"{shard.name} is damaged ({len(data)} of {shard.bytes} bytes): {where}")
-    return damage
+            if hashlib.sha256(data).hexdigest() != shard.sha256:
+                found.append(f"{shard.name} is damaged: {damage(index, number, data)}")
+    return found
 
 
 _PART = ".part.json"  # beside a finished shard until the index is written
-_BAR: dict[str, Any] = {
-    "file": sys.stderr,
-    "mininterval": 0.2 if sys.stderr.isatty() else 15.0,
-    "dynamic_ncols": True,
-}
+_BAR: dict[str, Any] = {"file": sys.stderr, "mininterval": 0.2 if sys.stderr.isatty() else 15.0, "dynamic_ncols": True}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -500,15 +455,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(options, Verify):
             prepare(options)
             return 0
-        damage = verify(Store(options.url, options.storage))
-        for line in damage:
+        lines = verify(Store(options.url, options.storage))
+        for line in lines:
             print(f"error: {line}", file=sys.stderr)
-        print(
-            "every hash is right"
-            if not damage
-            else "run the same pipeline.prepare command again to repair it"
-        )
-        return 1 if damage else 0
+        print("every hash is right" if not lines else "run the same pipeline.prepare command again to repair it")
+        return 1 if lines else 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

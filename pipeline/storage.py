@@ -105,17 +105,13 @@ class Store:
 
     def download(self, name: str, local_path: str | os.PathLike[str], sha256: str | None = None) -> None:
         """Copy an object to a local file, a few MB in memory at a time; `sha256` as in `read`. Not atomic."""
-        with _local_disk(local_path), Path(local_path).open("wb") as file:
+        with Path(local_path).open("wb") as file:
 
             def rewind() -> None:
                 file.seek(0)
                 file.truncate()
 
-            def write(chunk: bytes) -> None:
-                with _local_disk(local_path):
-                    file.write(chunk)
-
-            self._fetch(name, rewind, write, sha256)
+            self._fetch(name, rewind, file.write, sha256)
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Put an object; readers see the old or the new one, never half."""
@@ -243,6 +239,12 @@ class Store:
         return failure
 
 
+def _pieces(file: Any) -> Iterator[bytes]:
+    with file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
 class _Local:
     """A directory. Files appear by rename or link, so that no reader sees half of one."""
 
@@ -251,13 +253,7 @@ class _Local:
 
     def chunks(self, key: str) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
         file = (self.root / key).open("rb")
-
-        def parts() -> Iterator[bytes]:
-            with file:
-                while chunk := file.read(CHUNK):
-                    yield chunk
-
-        return (os.fstat(file.fileno()).st_size, None), parts()
+        return (os.fstat(file.fileno()).st_size, None), _pieces(file)
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         with self._temporary(key, data) as temporary:
@@ -326,13 +322,7 @@ class _Fsspec:
 
     def chunks(self, key: str) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
         file = self.fs.open(f"{self.root}/{key}", "rb")
-
-        def parts() -> Iterator[bytes]:
-            with file:
-                while chunk := file.read(CHUNK):
-                    yield chunk
-
-        return (getattr(file, "size", None), None), parts()
+        return (getattr(file, "size", None), None), _pieces(file)
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         path = f"{self.root}/{key}"
@@ -563,20 +553,6 @@ def mask(text: str) -> str:
     """The text without user:password@ of an address and without signatures of a query."""
     text = re.sub(r"(?<=://)[^/@\s\"']+@", "***@", text)
     return re.sub(r"(?i)((?:signature|token|credential|secret)[\w-]*=)[^&\s\"']+", r"\1***", text)
-
-
-@contextlib.contextmanager
-def _local_disk(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A failure of the local file to download into: no use in asking the store again."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, StorageError) or error.errno is None or _code(error):
-            raise
-        advice = _ERRNO_ADVICE.get(error.errno, "check that directory")
-        failure = StorageError(f"cannot write {os.fspath(path)}: {_describe(error)}; {advice}")
-        failure.errno = error.errno
-        raise failure from error
 
 
 def _checked(name: str) -> str:

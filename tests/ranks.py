@@ -101,6 +101,19 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+def descendants(pid: int) -> list[int]:
+    """The process ids of a process' children, and theirs."""
+    children = [int(child) for child in read(f"/proc/{pid}/task/{pid}/children").split()]
+    return children + [pid for child in children for pid in descendants(child)]
+
+
+def read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:  # it has ended
+        return ""
+
+
 def newest(out: object) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint."""
     found = Checkpoints(Store(str(out))).newest()

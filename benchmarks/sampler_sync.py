@@ -1,0 +1,258 @@
+"""What keeping the importance sampler the same on all ranks costs: `python -m benchmarks.sampler_sync`.
+
+Two workers on this machine take the same training steps with three ways to the timesteps: uniform ones, where
+nothing is synchronised; this project's, one collective of losses that overlaps the backward pass; and the original
+algorithm, three all_gathers, a host read of every element and a history updated one element at a time.
+"""
+
+import argparse
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.config import LaunchConfig, TrainConfig
+from pipeline.data import Batch
+from pipeline.loop import TrainState, train_step
+from pipeline.presets import DIGITS
+from pipeline.world import World, connect
+
+TIMESTEPS = 20
+"""So few that the history is full after some steps: the sampler is measured in its working state."""
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_single", "broadcast")
+HOST_READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+
+
+class Original:
+    """The original's sampler: every rank draws for itself, then all exchange timesteps and losses."""
+
+    needs_losses = True
+
+    def __init__(self, num_timesteps: int, history: int = 10, uniform_prob: float = 0.001) -> None:
+        self.num_timesteps, self.slots, self.uniform_prob = num_timesteps, history, uniform_prob
+        self.history = torch.zeros(num_timesteps, history, dtype=torch.float64)
+        self.counts = torch.zeros(num_timesteps, dtype=torch.int64)
+
+    def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        p = torch.full((self.num_timesteps,), 1 / self.num_timesteps, dtype=torch.float64)
+        if (self.counts == self.slots).all():
+            p = self.history.square().mean(1).sqrt()
+            p = p / p.sum() * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
+        t = torch.searchsorted(p.cumsum(0), u).clamp(max=self.num_timesteps - 1)
+        return t, (1 / (self.num_timesteps * p[t])).float()
+
+    def update_with_local_losses(self, t: Tensor, losses: Tensor) -> None:
+        """Three all_gathers, batch sizes first, then one host read for each size, timestep and loss."""
+        size = dist.get_world_size()
+        batch_sizes = [torch.tensor([0], dtype=torch.int32) for _ in range(size)]
+        dist.all_gather(batch_sizes, torch.tensor([len(t)], dtype=torch.int32))
+        sizes = [int(x.item()) for x in batch_sizes]
+        longest = max(sizes)
+        all_t = [torch.zeros(longest, dtype=t.dtype) for _ in sizes]
+        all_losses = [torch.zeros(longest, dtype=losses.dtype) for _ in sizes]
+        dist.all_gather(all_t, torch.nn.functional.pad(t, (0, longest - len(t))))
+        dist.all_gather(all_losses, torch.nn.functional.pad(losses, (0, longest - len(losses))))
+        timesteps = [x.item() for row, n in zip(all_t, sizes, strict=True) for x in row[:n]]
+        values = [x.item() for row, n in zip(all_losses, sizes, strict=True) for x in row[:n]]
+        for timestep, loss in zip(timesteps, values, strict=True):
+            if self.counts[timestep] == self.slots:  # shift out the oldest
+                self.history[timestep, :-1] = self.history[timestep, 1:].clone()
+                self.history[timestep, -1] = loss
+            else:
+                self.history[timestep, self.counts[timestep]] = loss
+                self.counts[timestep] += 1
+
+
+class Count(TorchDispatchMode):
+    """Counts what makes the host wait for the device, and the collectives between ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket in HOST_READS:
+            self.seen["host reads"] += 1
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self) -> "Count":
+        self.originals = {name: getattr(dist, name) for name in COLLECTIVES}
+        for name, function in self.originals.items():
+            setattr(dist, name, self._counted(function))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for name, function in self.originals.items():
+            setattr(dist, name, function)
+        super().__exit__(*error)
+
+    def _counted(self, function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.seen["collectives"] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+
+class Run:
+    """One way of training, a step at a time."""
+
+    def __init__(self, config: TrainConfig, world: World, original: bool) -> None:
+        self.world, self.original = world, Original(TIMESTEPS) if original else None
+        self.state = TrainState(config, world)
+        lo, hi = world.share(config.batch_size)
+        shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
+        images = torch.randint(0, 256, (hi - lo, *shape), dtype=torch.uint8)
+        self.batch = Batch(images, torch.zeros(hi - lo).long(), torch.arange(lo, hi), torch.arange(lo, hi))
+        if self.original:
+            self.state.sampler = Adapter(self.original, world, config.batch_size)  # type: ignore[assignment]
+
+    def step(self) -> float:
+        """Seconds."""
+        start = time.perf_counter()
+        train_step(self.state, self.batch, self.world)
+        return time.perf_counter() - start
+
+
+class Adapter:
+    """The original's sampler in this project's step: losses do not travel with the step, but after it."""
+
+    needs_losses = True
+
+    def __init__(self, original: Original, world: World, batch_size: int) -> None:
+        self.original, self.share = original, slice(*world.share(batch_size))
+
+    def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        self.t, self.weights = self.original.sample(u)
+        return self.t, self.weights
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        self.original.update_with_local_losses(t[self.share], losses[self.share])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+
+class LocalGather:
+    """In place of the project's gather where the original is measured: nothing travels."""
+
+    def __init__(self, share: Tensor, lo: int, n: int) -> None:
+        self.whole = share.new_zeros(n)
+        self.whole[lo : lo + len(share)] = share
+
+    def wait(self) -> Tensor:
+        return self.whole
+
+
+class NoGather:
+    """A world whose `start_gather` sends nothing: the original brings its own collectives."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.world, name)
+
+    def start_gather(self, share: Tensor, n: int) -> LocalGather:
+        return LocalGather(share, self.world.share(n)[0], n)
+
+
+def work(rank: int, port: int, steps: int, batch_size: int, out: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    world = connect(LaunchConfig(launcher="torchrun", device="cpu"))
+    config = replace(
+        DIGITS, batch_size=batch_size, diffusion=replace(DIGITS.diffusion, timesteps=TIMESTEPS), sample_steps=5
+    )
+    importance = replace(config, timestep_sampler="loss-second-moment")
+    runs = {
+        "uniform": Run(config, world, original=False),
+        "this project": Run(importance, world, original=False),
+        "the original": Run(importance, NoGather(world), original=True),  # type: ignore[arg-type]
+    }
+    for run in runs.values():
+        for _ in range(-(-12 * TIMESTEPS * 4 // batch_size)):  # until the histories are full
+            run.step()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(steps):  # in turns, so that what else the machine does falls on all alike
+        for name, run in runs.items():
+            seconds[name].append(run.step())
+    update = {}
+    for name in ("this project", "the original"):
+        sampler = runs[name].state.sampler
+        t = torch.randint(0, TIMESTEPS, (batch_size,))
+        losses = torch.rand(batch_size)
+        start = time.perf_counter()
+        for _ in range(steps):
+            if name == "this project":
+                lo, hi = world.share(batch_size)
+                losses = world.start_gather(losses[lo:hi], batch_size).wait()
+            sampler.update(t, losses)  # type: ignore[union-attr]
+        update[name] = (time.perf_counter() - start) / steps
+    counts = {}
+    for name, run in runs.items():
+        with Count() as count:
+            run.step()
+        counts[name] = count.seen
+    if rank == 0:
+        torch.save({"seconds": seconds, "update": update, "counts": {n: dict(c) for n, c in counts.items()}}, out)
+    world.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help="measured steps of each way (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images over both workers (default %(default)s)")
+    options = parser.parse_args()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/result.pt"
+        spawn = multiprocessing.get_context("spawn")
+        workers = [
+            spawn.Process(target=work, args=(rank, port, options.steps, options.batch_size, out)) for rank in range(2)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if any(worker.exitcode for worker in workers):
+            raise SystemExit("error: a worker failed")
+        result = torch.load(out)
+    report(result, options.batch_size)
+
+
+def report(result: dict[str, Any], batch_size: int) -> None:
+    uniform = result["seconds"]["uniform"]
+    base = statistics.median(uniform)
+    print(f"2 workers over gloo on CPU, 1 thread each, global batch {batch_size}, digits preset, T = {TIMESTEPS}\n")
+    print(f"{'':14}{'step':>10}{'sync alone':>13}{'of a step':>11}{'seen in steps':>15}", end="")
+    print(f"{'collectives':>13}{'host reads':>12}")
+    for name, seconds in result["seconds"].items():
+        counts, alone = result["counts"][name], result["update"].get(name, 0.0)
+        # Of steps that followed each other: their difference is less noisy than that of two medians.
+        seen = statistics.median(with_it - without for with_it, without in zip(seconds, uniform, strict=True))
+        print(
+            f"{name:14}{statistics.median(seconds) * 1e3:>7.1f} ms{alone * 1e3:>10.2f} ms{alone / base:>11.2%}", end=""
+        )
+        print(f"{seen / base:>15.1%}{counts.get('collectives', 0):>13}{counts.get('host reads', 0):>12}")
+    ours, original = result["update"]["this project"], result["update"]["the original"]
+    print(f"\nsync alone, the original over this project: {original / ours:.1f} x")
+    print("sync alone: the collectives and the update of the history with nothing to overlap them; seen in steps: what")
+    print("a step takes longer than one with uniform timesteps (noise included); collectives: the sampler's, not DDP's")
+
+
+if __name__ == "__main__":
+    main()
