@@ -402,15 +402,14 @@ def leave(world: World | None, status: int) -> NoReturn:
     """End this process with a status; under mpirun, one that failed takes the others along."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if world and world.size > 1 and status:
-        if world.launcher == "mpi":
+    if status:
+        if world and world.size > 1 and world.launcher == "mpi":
             from mpi4py import MPI
 
             if status != INTERRUPTED_STATUS:
                 MPI.COMM_WORLD.Abort(status)
             MPI.Finalize()
-        # Python's own way out is slow and would wait for threads that wait for peers, and launchers end the
-        # other ranks when the first has gone.
+        # Python's own way out would wait for threads that wait for peers, or for a store that does not answer.
         os._exit(status)
     raise SystemExit(status)
 
