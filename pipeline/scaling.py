@@ -88,13 +88,9 @@ class ScalingFit:
 
     def parameters(self) -> dict[str, tuple[float, float, float]]:
         """Each parameter's value and the ends of its interval."""
-        k = len(self.inputs)
-        plain = np.array([*np.exp(self.theta[: 1 + k]), *self.theta[1 + k :]])
-        samples = np.concatenate([np.exp(self.samples[:, : 1 + k]), self.samples[:, 1 + k :]], axis=1)
-        low, high = _interval(samples)
-        return {
-            name: (float(v), float(lo), float(hi)) for name, v, lo, hi in zip(self.names, plain, low, high, strict=True)
-        }
+        ends = np.stack([self.theta, *self.interval(self.theta, self.samples)])
+        ends[:, : 1 + len(self.inputs)] = np.exp(ends[:, : 1 + len(self.inputs)])
+        return {name: (v, low, high) for name, (v, low, high) in zip(self.names, ends.T.tolist(), strict=True)}
 
     def predict(self, *x: Any) -> Array:
         """The law at inputs [m] each."""
@@ -102,13 +98,21 @@ class ScalingFit:
 
     def band(self, *x: Any, noise: bool = False) -> tuple[Array, Array]:
         """The interval of the law at inputs [m] each; with `noise`, that of a new measurement there."""
-        logs = _law(self.samples, _columns(x))[0]
+        log_x = _columns(x)
+        logs = _law(self.samples, log_x)[0]
         if noise:
-            # Least-squares residuals are too small by the parameters' share; so are these.
-            n = len(self.residuals)
-            wide = self.residuals * math.sqrt(n / max(1, n - len(self.theta)))
-            logs = logs + np.random.default_rng(1).choice(wide, logs.shape)
-        low, high = _interval(np.exp(logs))
+            logs = logs + np.random.default_rng(1).choice(self.residuals, logs.shape)
+        low, high = self.interval(_law(self.theta[None], log_x)[0][0], logs)
+        return np.exp(low), np.exp(high)
+
+    def interval(self, value: Array, samples: Array) -> tuple[Array, Array]:
+        """Ends of the interval of something [m] that has the values [resamples, m] in the bootstrap.
+
+        Residuals are smaller than the noise, because the parameters follow it: wider around the value by as much.
+        """
+        wide = value + (samples - value) * math.sqrt(self.runs / max(1, self.runs - len(self.theta)))
+        tail = 50 * (1 - LEVEL)
+        low, high = np.percentile(wide, [tail, 100 - tail], axis=0)
         return low, high
 
 
@@ -155,8 +159,6 @@ def _fit(
     weights *= len(names) / weights.sum(1, keepdims=True)
     run = np.searchsorted(names, [p.run for p in points])
     samples = _resample(theta, x, log_y, weights[:, run])
-    # Residuals are smaller than the noise by the share of the parameters: widen around the fit by as much.
-    samples = theta + (samples - theta) * math.sqrt(len(names) / max(1, len(names) - len(theta)))
     residuals = log_y - _law(theta[None], x)[0][0]
     k = len(inputs)
     for t in (theta, samples.T):  # back from centred inputs
@@ -248,12 +250,6 @@ def _law(thetas: Array, log_x: Array) -> tuple[Array, Array]:
 def _huber(r: Array) -> Array:
     a = np.abs(r)
     return np.where(a <= DELTA, a**2 / 2, DELTA * (a - DELTA / 2))
-
-
-def _interval(samples: Array) -> tuple[Array, Array]:
-    tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(samples, [tail, 100 - tail], axis=0)
-    return low, high
 
 
 # --------------------------------------------------------------------- frontier, isoFLOP, optimum
@@ -349,15 +345,17 @@ def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: floa
     kappa, log_k = np.polyfit(log_n, np.log([p.flops / p.images for p in points]), 1)
 
     def solve(thetas: Array) -> Array:
+        """Logs of N, D and the value, [m, 3]."""
         e, a, b, alpha, beta = thetas.T
         b_of_n = b + beta * (log_k - math.log(flops))  # B D^-beta = exp(b_of_n) N^(kappa beta)
         n = (np.log(alpha / (kappa * beta)) + a - b_of_n) / (alpha + kappa * beta)
         d = math.log(flops) - log_k - kappa * n
         value = np.exp(e) + np.exp(a - alpha * n) + np.exp(b - beta * d)
-        return np.stack([np.exp(n), np.exp(d), value], axis=1)
+        return np.stack([n, d, np.log(value)], axis=1)
 
-    low, high = _interval(solve(fit.samples))
-    return Optimum(*solve(fit.theta[None])[0].tolist()), Optimum(*low.tolist()), Optimum(*high.tolist())
+    best_logs = solve(fit.theta[None])[0]
+    low, high = fit.interval(best_logs, solve(fit.samples))
+    return Optimum(*np.exp(best_logs).tolist()), Optimum(*np.exp(low).tolist()), Optimum(*np.exp(high).tolist())
 
 
 # ------------------------------------------------------------------------------------- holding out
