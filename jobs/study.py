@@ -432,12 +432,10 @@ def measure(study: Study, run: Run, budget: float) -> None:
     value, error, passport = nll(trained, study.nll_images, world)
     passport |= {"train_data": trained.meta["dataset_digest"], "batch_size": config.batch_size}
     passport |= {"diffusion": asdict(config.diffusion), "ema": trained.ema_rate}
-    metrics = {
+    metrics = {  # training has logged the compute of this step already
         "eval/nll": value,
         "eval/nll_standard_error": error,
         "eval/log10_nll": math.log10(value),
-        "compute/train_flops": flops,
-        "compute/log10_train_flops": math.log10(flops),
         "compute/parameters": float(parameters),
         "compute/log10_parameters": math.log10(parameters),
     }
