@@ -55,7 +55,11 @@ class Findings:
         if size_data := self.fits.get("L(N, D)"):
             for budget in (self.last, 10 * self.last):
                 self._try("optimum", self.optima, budget, partial(compute_optimal, size_data, points, budget))
-        self.warnings = warnings(points)
+        self.warnings = [
+            f"{law}: {', '.join(fit.undetermined)} at the bounds of the fit; the points do not determine them"
+            for law, fit in self.fits.items()
+            if fit.undetermined
+        ] + warnings(points)
 
     def _try(self, name: str, results: dict[Any, Any], key: Any, make: Callable[[], Any]) -> None:
         try:

@@ -315,10 +315,12 @@ def execute(options: Execute) -> int:
     study = load_study(options.study)
     if options.only is not None:
         return _one(study, _find(study, options.only), shlex.split(options.prefix))
-    _prepare(study)
     command = ["python", "-m", "jobs.study", "run", str(options.study), "--only"]
     todo = [run for run in study.runs if any(not study.store.exists(run.point(b)) for b in run.budgets)]
     print(f"{study.name}: {len(study.runs) - len(todo)} of {len(study.runs)} runs are done", flush=True)
+    if not todo:
+        return 0
+    _prepare(study)
     if options.launcher == "slurm":
         numbers = ",".join(str(study.runs.index(run)) for run in todo)
         inner = shlex.join([*command, "TASK", "--prefix", options.prefix or "srun --mpi=none --kill-on-bad-exit=1"])
@@ -326,8 +328,10 @@ def execute(options: Execute) -> int:
         print(f"sbatch --array={numbers} --gpus-per-node=1 --requeue --open-mode=append --wrap {shlex.quote(wrap)}")
         return 0
     if options.launcher == "ray":
+        prefix = options.prefix or "env -u RAY_JOB_CONFIG_JSON_ENV_VAR"  # one worker, on the job's own GPU
         for run in todo:
-            print(f"ray job submit --no-wait --entrypoint-num-gpus 1 -- {shlex.join([*command, run.name])}")
+            words = shlex.join([*command, run.name, "--prefix", prefix])
+            print(f"ray job submit --no-wait --entrypoint-num-gpus 1 -- {words}")
         return 0
 
     children = Children()
@@ -377,12 +381,15 @@ def _prepare(study: Study) -> None:
 
 def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
     """Train a run to each of its budgets in turn, and measure it there."""
-    children = Children()
+    todo = []
     for budget in run.budgets:
         if study.store.exists(run.point(budget)):
             done = json.loads(study.store.read(run.point(budget)))
             check_same_run(done["config"], run.at(budget))
-            continue
+        else:
+            todo.append(budget)
+    children = Children()
+    for budget in todo:
         if status := children.run([*prefix, *run.command(budget)]):
             return status
         measure(study, run, budget)
@@ -421,10 +428,10 @@ def measure(study: Study, run: Run, budget: float) -> None:
     """Write the point of a run that has reached its budget: to the study's store, the journal and MLflow."""
     from iddpm.flops import count_parameters, train_flops
     from pipeline.sample import load_trained
-    from pipeline.world import World
+    from pipeline.world import World, pick_device
 
     config = run.config
-    world = World()
+    world = World(device=pick_device(config.launch.device, 0))
     trained = load_trained(config.out, config.storage, world.device)
     channels = config.diffusion.out_channels(config.model.in_channels)
     parameters = count_parameters(config.model, channels)

@@ -65,6 +65,10 @@ def check_points(points: Sequence[ComputePoint]) -> None:
 # ------------------------------------------------------------------------------------------- laws
 
 
+NAMES = {("C",): ("E", "A", "a"), ("N", "D"): ("E", "A", "B", "alpha", "beta")}
+"""Of a law's parameters, by its inputs."""
+
+
 @dataclass(frozen=True)
 class ScalingFit:
     """A fitted law of k inputs: log y = logsumexp(log E, log A_j - alpha_j log x_j)."""
@@ -79,18 +83,14 @@ class ScalingFit:
     """[n]: log measured - log fitted."""
     runs: int
     """Independent runs behind it."""
-
-    @property
-    def names(self) -> list[str]:
-        if len(self.inputs) == 1:
-            return ["E", "A", "a"]
-        return ["E", "A", "B", "alpha", "beta"]
+    undetermined: tuple[str, ...] = ()
+    """Parameters that the fit left at a bound: the points do not say what they are."""
 
     def parameters(self) -> dict[str, tuple[float, float, float]]:
         """Each parameter's value and the ends of its interval."""
         ends = np.stack([self.theta, *self.interval(self.theta, self.samples)])
         ends[:, : 1 + len(self.inputs)] = np.exp(ends[:, : 1 + len(self.inputs)])
-        return {name: (v, low, high) for name, (v, low, high) in zip(self.names, ends.T.tolist(), strict=True)}
+        return {name: (v, low, high) for name, (v, low, high) in zip(NAMES[self.inputs], ends.T.tolist(), strict=True)}
 
     def predict(self, *x: Any) -> Array:
         """The law at inputs [m] each."""
@@ -152,6 +152,7 @@ def _fit(
     centre = log_x.mean(0)
     x = log_x - centre
     theta = _minimise(_starts(x, log_y), x, log_y)
+    bound = np.any(np.isclose(theta, _bounds(x, log_y)), axis=0)
 
     # The bootstrap over runs: a resample gives each run a weight (Rubin 1981), so that no size ever vanishes.
     rng = np.random.default_rng(0)
@@ -163,7 +164,8 @@ def _fit(
     k = len(inputs)
     for t in (theta, samples.T):  # back from centred inputs
         t[1 : 1 + k] += (t[1 + k :].T * centre).T
-    return ScalingFit(inputs, theta, samples, residuals, len(names))
+    undetermined = tuple(name for name, at in zip(NAMES[inputs], bound, strict=True) if at)
+    return ScalingFit(inputs, theta, samples, residuals, len(names), undetermined)
 
 
 def _starts(log_x: Array, log_y: Array) -> Array:
@@ -335,8 +337,9 @@ def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: floa
     a closed solution. Raises ValueError where the points bracket no optimum at any budget.
     """
     assert fit.inputs == ("N", "D")
-    best = frontier(points)
-    if all(b.edge for b in best):
+    if fit.undetermined:
+        raise ValueError(f"compute-optimal size: the points do not determine {', '.join(fit.undetermined)} of L(N, D)")
+    if all(b.edge for b in frontier(points)):
         raise ValueError(
             "compute-optimal size: at every budget the best size is the smallest or largest one measured, so the points"
             " show no optimum; add sizes beyond that edge, or budgets at which it is inside"

@@ -172,5 +172,10 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         with pytest.raises(ValueError, match=says):
             refused()
     small = [p for p in grid(sizes=SIZES[:3]) if p.budget > BUDGETS[2]]
+    flat = [dataclasses.replace(p, value=law(1e9, p.images)) for p in points]  # size does not matter
+    fit = fit_size_data(flat, 20)
+    assert "alpha" in fit.undetermined or "A" in fit.undetermined
+    with pytest.raises(ValueError, match=r"do not determine .* of L\(N, D\)"):
+        compute_optimal(fit, flat, 1e18)
     with pytest.raises(ValueError, match="show no optimum"):
         compute_optimal(fit_size_data(grid(sizes=SIZES[:3]), 20), small, 1e18)
