@@ -337,8 +337,8 @@ def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: floa
     a closed solution. Raises ValueError where the points bracket no optimum at any budget.
     """
     assert fit.inputs == ("N", "D")
-    if fit.undetermined:
-        raise ValueError(f"compute-optimal size: the points do not determine {', '.join(fit.undetermined)} of L(N, D)")
+    if open_ := [name for name in fit.undetermined if name != "E"]:  # the floor moves no optimum
+        raise ValueError(f"compute-optimal size: the points do not determine {', '.join(open_)} of L(N, D)")
     if all(b.edge for b in frontier(points)):
         raise ValueError(
             "compute-optimal size: at every budget the best size is the smallest or largest one measured, so the points"
