@@ -52,6 +52,8 @@ class TrackingConfig:
     """MLflow experiment."""
     name: str | None = None
     """Name of the run in MLflow; default: the last part of --out."""
+    parent: str | None = None
+    """The iddpm.uid of the MLflow run that this one is shown below, as the runs of a study are below its own."""
     flush_s: float = 30.0
     """Longest wait, in seconds, for a slow tracking server when the run ends; the journal can be sent later."""
 
@@ -184,7 +186,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     try:
         if preset not in PRESETS:
             raise ValueError(f"--preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
-        argv = (_file_flags(file) if file else []) + argv
+        argv = (file_flags(file) if file else []) + argv
     except ValueError as error:
         fail_usage(error)
     return parse_flags(TrainConfig, argv, _description(preset, list(PRESETS)), PRESETS[preset]), dry_run
@@ -231,7 +233,7 @@ def _take(argv: list[str], flag: str) -> str | None:
     return value
 
 
-def _file_flags(path: str) -> list[str]:
+def file_flags(path: str) -> list[str]:
     """A YAML file as flags, so that one parser validates both."""
     try:
         content = yaml.safe_load(Path(path).read_text())

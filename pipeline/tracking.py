@@ -112,7 +112,7 @@ class Tracker:
         else:
             self._append(
                 {"kind": "run", "uid": self.uid, "name": name, "experiment": config.experiment}
-                | {"config": run_config, "dataset": dataset}
+                | {"parent": config.parent, "config": run_config, "dataset": dataset}
             )
         self.shipper = None if config.uri == "none" else Shipper(folder, config)
 
@@ -125,6 +125,10 @@ class Tracker:
         if step > self.last["metrics"]:
             self._append({"kind": "metrics", "step": step, "metrics": metrics})
             self.last["metrics"] = step
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Append what was measured of the checkpoint of a step, after training logged that step."""
+        self._append({"kind": "evaluation", "step": step, "metrics": metrics})
 
     def epoch(self, epoch: int, digest: int) -> None:
         """Record that an epoch is complete and had each sample once, with the digest that shows it."""
@@ -163,16 +167,13 @@ class Shipper:
     def __init__(self, folder: Path, config: TrackingConfig) -> None:
         self.folder = folder
         self.flush_s = config.flush_s
-        self.uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        self.uri = tracking_uri(config)
         self.run_id: str | None = None
         self.problem: str | None = None
         self._last_step = -1
         self._closing = threading.Event()
         self._done = threading.Event()
         self._given_up = False
-        # MLflow's own patience (minutes) would keep the last, bounded flush from ever succeeding.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         threading.Thread(target=self._work, name="mlflow", daemon=True).start()
 
     @property
@@ -232,9 +233,9 @@ class Shipper:
                 lines.append(line)
         if not lines:
             return True
-        client = self._client()
+        client = connect(self.uri)
         if self.run_id is None:
-            self.run_id = _find_or_create_run(client, head)
+            self.run_id = _run_of(client, head)
             if offset == 0:
                 # A new journal of a run that MLflow already knows: it was resumed on another machine.
                 history = client.get_metric_history(self.run_id, "compute/train_flops")
@@ -245,30 +246,50 @@ class Shipper:
         temporary.replace(state_path)
         return False
 
-    def _client(self) -> Any:
-        from mlflow import MlflowClient
 
-        return MlflowClient(self.uri)
+def tracking_uri(config: TrackingConfig) -> str:
+    """Where MLflow is, as configured, or as the environment says."""
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
-def _find_or_create_run(client: Any, head: dict[str, Any]) -> str:
+def connect(uri: str) -> Any:
+    """An MlflowClient that gives up soon."""
+    # MLflow's own patience (minutes) would keep the last, bounded flush from ever succeeding.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def find_or_create_run(client: Any, experiment: str, uid: str, name: str, tags: dict[str, str]) -> str:
+    """The id of the MLflow run with this uid, which is new or goes on."""
     from mlflow.exceptions import MlflowException
 
-    experiment = client.get_experiment_by_name(head["experiment"])
-    if experiment is None:
+    known = client.get_experiment_by_name(experiment)
+    if known is None:
         try:
-            experiment_id = client.create_experiment(head["experiment"])
+            experiment_id = client.create_experiment(experiment)
         except MlflowException:  # another run of the study was faster
-            experiment_id = client.get_experiment_by_name(head["experiment"]).experiment_id
+            experiment_id = client.get_experiment_by_name(experiment).experiment_id
     else:
-        experiment_id = experiment.experiment_id
-    found = client.search_runs([experiment_id], f"tags.`iddpm.uid` = '{head['uid']}'", max_results=1)
+        experiment_id = known.experiment_id
+    found = client.search_runs([experiment_id], f"tags.`iddpm.uid` = '{uid}'", max_results=1)
     if found:
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
         return run_id
-    run = client.create_run(experiment_id, tags={"iddpm.uid": head["uid"]}, run_name=head["name"])
+    run = client.create_run(experiment_id, tags={"iddpm.uid": uid, **tags}, run_name=name)
     return run.info.run_id
+
+
+def _run_of(client: Any, head: dict[str, Any]) -> str:
+    """The id of the MLflow run of the journal with this head; below its parent, where it has one."""
+    tags = {}
+    if head.get("parent"):
+        parent = find_or_create_run(client, head["experiment"], head["parent"], head["experiment"], {})
+        tags["mlflow.parentRunId"] = parent
+    return find_or_create_run(client, head["experiment"], head["uid"], head["name"], tags)
 
 
 def _send(client: Any, run_id: str, folder: Path, records: Sequence[dict[str, Any]], last_step: int) -> None:
@@ -279,7 +300,7 @@ def _send(client: Any, run_id: str, folder: Path, records: Sequence[dict[str, An
     for record in records:
         millis = int(record["time"] * 1000)
         match record["kind"]:
-            case "metrics" if record["step"] > last_step:
+            case "metrics" | "evaluation" if record["step"] > last_step or record["kind"] == "evaluation":
                 metrics += [Metric(key, value, millis, record["step"]) for key, value in record["metrics"].items()]
             case "run":
                 params = [Param(key, str(value)[:500]) for key, value in flatten(record["config"]).items()]

@@ -170,3 +170,22 @@ def test_records_are_plain_json_lines(tmp_path: Path) -> None:
     tracked.close("FINISHED")
     kinds = [json.loads(line)["kind"] for line in (tmp_path / JOURNAL).read_text().splitlines()]
     assert kinds == ["run", "epoch", "status"]
+
+
+def test_the_runs_of_a_study_are_children_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        child = tracker(tmp_path / name, uri, parent="ladder")
+        child.log(3, {"train/loss": 1.0, "compute/train_flops": 3.0})
+        child.evaluation(3, {"eval/nll": 4.0})
+        child.close("FINISHED")
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("study").experiment_id])
+    (parent,) = [run for run in runs if run.data.tags["iddpm.uid"] == "ladder"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == 2
+    for child in children:
+        assert child.data.metrics == {"train/loss": 1.0, "eval/nll": 4.0, "compute/train_flops": 3.0}
+        (measured,) = client.get_metric_history(child.info.run_id, "eval/nll")
+        assert measured.step == 3

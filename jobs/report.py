@@ -1,0 +1,311 @@
+"""A study's fits in words, figures and one self-contained HTML file."""
+
+import base64
+import html
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jobs.study import Run, Study, table
+from pipeline.scaling import (
+    PAPER,
+    ComputePoint,
+    HeldOut,
+    Optimum,
+    ScalingFit,
+    check_points,
+    compute_optimal,
+    fit_frontier,
+    fit_size_data,
+    frontier,
+    hold_out,
+    isoflop,
+    warnings,
+)
+from pipeline.tracking import connect, find_or_create_run, journal_dir, tracking_uri
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LAWS = ("L(C)", "L(N, D)")
+FORMULA = {"L(C)": "L(C) = E + A·C^-a", "L(N, D)": "L(N, D) = E + A·N^-alpha + B·D^-beta"}
+
+
+class Findings:
+    """What the points support, and why not the rest: `refused` has the reason of each thing that is missing."""
+
+    def __init__(self, points: Sequence[ComputePoint]) -> None:
+        if not points:
+            raise ValueError("the study has no measured points yet; `run` it first")
+        check_points(points)
+        self.points = points
+        self.refused: dict[str, str] = {}
+        self.fits: dict[str, ScalingFit] = {}
+        self.held: dict[str, HeldOut] = {}
+        self.optima: dict[float, tuple[Optimum, Optimum, Optimum]] = {}
+        for law, fit in zip(LAWS, (fit_frontier, fit_size_data), strict=True):
+            self._try(law, self.fits, law, partial(fit, points))
+            self._try(f"{law} held out", self.held, law, partial(hold_out, points, law))
+        self.last = max(p.budget for p in points)
+        if size_data := self.fits.get("L(N, D)"):
+            for budget in (self.last, 10 * self.last):
+                self._try("optimum", self.optima, budget, partial(compute_optimal, size_data, points, budget))
+        self.warnings = [
+            f"{law}: {', '.join(fit.undetermined)} at the bounds of the fit; the points do not determine them"
+            for law, fit in self.fits.items()
+            if fit.undetermined
+        ] + warnings(points)
+
+    def _try(self, name: str, results: dict[Any, Any], key: Any, make: Callable[[], Any]) -> None:
+        try:
+            results[key] = make()
+        except ValueError as error:
+            self.refused[name] = str(error)
+
+    def text(self) -> str:
+        """Everything, for a terminal."""
+        lines = [f"{len(self.points)} points of {len({p.run for p in self.points})} runs; 95 % intervals over runs"]
+        for law, fit in self.fits.items():
+            lines += ["", f"{FORMULA[law]}   ({fit.runs} runs, residuals {fit.residuals.std():.2%})"]
+            lines += [f"  {n:6s} {v!r}   [{lo:.6g}, {hi:.6g}]" for n, (v, lo, hi) in fit.parameters().items()]
+        lines += ["", "held out: the largest budget, predicted from the others"]
+        for law, held in self.held.items():
+            lines.append(
+                f"  {law:8s} {held.budget:.3g} FLOPs: predicted {held.predicted:.4f} [{held.low:.4f}, {held.high:.4f}],"
+                f" measured {held.measured:.4f}: {'inside' if held.covered else 'OUTSIDE'} the interval"
+            )
+        for budget, (best, low, high) in self.optima.items():
+            lines += ["", f"compute-optimal at {budget:.3g} FLOPs, by L(N, D)"]
+            lines += [
+                f"  {name}  {getattr(best, field):.4g}   [{getattr(low, field):.4g}, {getattr(high, field):.4g}]"
+                for name, field in (("weights", "parameters"), ("images ", "images"), ("value  ", "value"))
+            ]
+        lines += [f"refused: {name}: {reason}" for name, reason in self.refused.items()]
+        lines += [f"warning: {line}" for line in self.warnings]
+        return "\n".join(lines)
+
+    def metrics(self) -> dict[str, float]:
+        """For the study's MLflow run."""
+        found: dict[str, float] = {}
+        for law, fit in self.fits.items():
+            short = "LC" if law == "L(C)" else "LND"
+            for name, (value, low, high) in fit.parameters().items():
+                found |= {
+                    f"fit/{short}_{name}": value,
+                    f"fit/{short}_{name}_low": low,
+                    f"fit/{short}_{name}_high": high,
+                }
+        return found
+
+
+def report(study: Study, points: Sequence[ComputePoint], out: str | None) -> None:
+    """Print the findings; with `out`, write the report into that folder (default: in the study's) and to MLflow."""
+    findings = Findings(points)
+    print(findings.text())
+    if out is None:
+        return
+    folder = Path(out) if out else (study.store.local or Path("runs") / study.name) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = figures(findings)
+    for name, (figure, _) in pictures.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
+    (folder / "fit.json").write_text(json.dumps(_plain(findings), indent=1))
+    (folder / "report.html").write_text(page(study, findings, {n: c for n, (_, c) in pictures.items()}, folder))
+    print(f"\n{folder / 'report.html'}")
+    tracking = study.runs[0].config.tracking
+    if tracking.uri != "none":
+        try:
+            client = connect(tracking_uri(tracking))
+            run_id = find_or_create_run(client, study.name, study.parent, study.name, {})
+            for key, value in findings.metrics().items():
+                client.log_metric(run_id, key, value)
+            client.log_artifacts(run_id, str(folder), "report")
+            client.set_terminated(run_id)
+        except Exception as error:  # a tracking server's troubles are never the report's
+            print(f"warning: MLflow did not take the report: {error}")
+
+
+def _plain(findings: Findings) -> dict[str, Any]:
+    return {
+        "points": [vars(p) for p in findings.points],
+        "fits": {law: fit.parameters() for law, fit in findings.fits.items()},
+        "held_out": {law: vars(held) | {"covered": held.covered} for law, held in findings.held.items()},
+        "compute_optimal": {f"{b:.6g}": [vars(o) for o in optima] for b, optima in findings.optima.items()},
+        "refused": findings.refused,
+        "warnings": findings.warnings,
+    }
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+
+def figures(findings: Findings) -> "dict[str, tuple[Figure, str]]":
+    """Each picture with its caption."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    drawn = {"frontier": _frontier(findings)}
+    if isoflop(findings.points):
+        drawn["isoflop"] = _isoflop(findings)
+    if findings.fits:
+        drawn["residuals"] = _residuals(findings)
+    if "L(C)" in findings.fits:
+        drawn["papers"] = _papers(findings.fits["L(C)"], findings.points)
+    return drawn
+
+
+def _axes(title: str, x: str, y: str) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    axis.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+    axis.grid(alpha=0.25, which="both")
+    axis.yaxis.set_major_formatter("{x:.4g}")
+    axis.yaxis.set_minor_formatter("{x:.4g}")
+    return figure, axis
+
+
+def _colors(sizes: Sequence[float]) -> dict[float, Any]:
+    from matplotlib import colormaps
+
+    return dict(zip(sizes, colormaps["viridis"](np.linspace(0, 0.9, len(sizes))), strict=True))
+
+
+def _frontier(findings: Findings) -> "tuple[Figure, str]":
+    points = findings.points
+    figure, axis = _axes("Bits/dim over training compute", "training compute, FLOPs", "bits/dim")
+    for size, color in _colors(sorted({p.parameters for p in points})).items():
+        own = sorted((p for p in points if p.parameters == size), key=lambda p: p.flops)
+        axis.plot([p.flops for p in own], [p.value for p in own], "o", color=color, ms=4, label=f"{size / 1e6:.3g}M")
+    best = frontier(points)
+    axis.plot([b.budget for b in best], [b.value for b in best], "o", ms=9, mfc="none", mec="black", label="frontier")
+    if fit := findings.fits.get("L(C)"):
+        grid = np.geomspace(best[0].budget / 1.5, findings.last * 4, 100)
+        low, high = fit.band(grid)
+        a = fit.parameters()["a"]
+        axis.plot(grid, fit.predict(grid), color="crimson", lw=1.4, label=f"E + A C^-a, a = {a[0]:.3f}")
+        axis.fill_between(grid, low, high, color="crimson", alpha=0.15, lw=0)
+    if held := findings.held.get("L(C)"):
+        bars = [[max(0, held.predicted - held.low)], [max(0, held.high - held.predicted)]]
+        axis.errorbar(
+            [held.budget * 1.12], [held.predicted], bars, fmt="s", ms=4, capsize=3, color="tab:blue", label="held out"
+        )
+    axis.legend(fontsize=8, ncols=2)
+    return figure, (
+        "Each point is a run measured at a budget; circles: the best size (mean over seeds) at each budget; line and"
+        " band: the fit and its 95 % interval, by a bootstrap over runs; square: the largest budget as predicted"
+        " without it, with the interval of a new measurement."
+    )
+
+
+def _isoflop(findings: Findings) -> "tuple[Figure, str]":
+    curves = isoflop(findings.points)
+    figure, axis = _axes("Bits/dim over size, at equal compute", "weights", "bits/dim")
+    for curve, color in zip(curves, _colors(range(len(curves))).values(), strict=True):
+        own = [p for p in findings.points if p.budget == curve.budget]
+        axis.plot([p.parameters for p in own], [p.value for p in own], "o", color=color, ms=4)
+        grid = np.geomspace(min(p.parameters for p in own), max(p.parameters for p in own), 60)
+        axis.plot(grid, curve(grid), color=color, lw=1.2, label=f"{curve.budget:.2g} FLOPs")
+        if curve.parameters:
+            axis.plot([curve.parameters], [curve(curve.parameters)], "*", color=color, ms=11, mec="black", mew=0.5)
+    axis.legend(fontsize=8, ncols=2)
+    return figure, (
+        "A parabola in log N for each budget; stars: minima that lie within the sizes measured. A curve without a"
+        " star shows no optimum."
+    )
+
+
+def _residuals(findings: Findings) -> "tuple[Figure, str]":
+    figure, axis = _axes("Measured over fitted", "training compute, FLOPs", "log measured - log fitted")
+    axis.set_yscale("linear")
+    axis.yaxis.set_major_formatter("{x:+.1%}")
+    for law, fit in findings.fits.items():
+        best = {(b.budget, b.parameters) for b in frontier(findings.points)}
+        own = [p for p in findings.points if law != "L(C)" or (p.budget, p.parameters) in best]
+        axis.plot([p.flops for p in own], fit.residuals, "o" if law == "L(C)" else "x", ms=5, label=law)
+    axis.axhline(0, color="black", lw=0.8)
+    axis.legend(fontsize=8)
+    return figure, "Residuals of both laws: a trend over compute would say that a law has the wrong form."
+
+
+def _papers(fit: ScalingFit, points: Sequence[ComputePoint]) -> "tuple[Figure, str]":
+    from matplotlib.ticker import NullFormatter
+
+    figure, axis = _axes("What is reducible, beside IDDPM's fits", "training compute, MACs", "value - E")
+    axis.yaxis.set_minor_formatter(NullFormatter())  # too many decades for labels between them
+    macs = np.geomspace(min(p.budget for p in points), max(p.budget for p in points), 50) / 2
+    e, _, _ = fit.parameters()["E"]
+    a = fit.parameters()["a"]
+    axis.plot(macs, fit.predict(2 * macs) - e, color="crimson", label=f"this study: a = {a[0]:.3f}")
+    best = [b for b in frontier(points) if b.value > e]
+    axis.plot([b.budget / 2 for b in best], [b.value - e for b in best], "o", color="crimson", ms=4)
+    for (name, (floor, k, exponent)), style in zip(PAPER.items(), ("--", ":"), strict=True):
+        there = np.geomspace(1e17, 2e20, 50)
+        label = f"IDDPM, ImageNet 64: {name} = {floor:.2f} + ({k:g} C)^-{exponent}"
+        axis.plot(there, (k * there) ** -exponent, style, color="black", lw=1.2, label=label)
+    axis.legend(fontsize=8)
+    return figure, (
+        "The part above the irreducible term, over multiply-accumulates, which is what the paper's printed C agrees"
+        " with. Slopes may be compared, heights may not: the data differ, and the paper set its constants by hand."
+    )
+
+
+# ------------------------------------------------------------------------------------------- page
+
+
+def page(study: Study, findings: Findings, captions: dict[str, str], folder: Path) -> str:
+    """The report as HTML, with every picture in it."""
+    held = "".join(
+        f"<p class={'in' if h.covered else 'out'}>Held out, {law}: at {h.budget:.3g} FLOPs predicted"
+        f" <b>{h.predicted:.4f}</b> [{h.low:.4f}, {h.high:.4f}], measured <b>{h.measured:.4f}</b>:"
+        f" {'inside' if h.covered else 'outside'} the 95 % interval.</p>"
+        for law, h in findings.held.items()
+    )
+    drawn = "".join(_figure((folder / f"{name}.png").read_bytes(), caption) for name, caption in captions.items())
+    rows = [["run", "parameters", "images", "FLOPs", "budget", "bits/dim"]]
+    rows += [
+        [p.run, f"{p.parameters:,.0f}", f"{p.images:,.0f}", f"{p.flops:.4e}", f"{p.budget:.3g}", f"{p.value:.4f}"]
+        for p in findings.points
+    ]
+    passport = "; ".join(f"{k} = {v}" for k, v in findings.points[0].passport.items())
+    return f"""<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(study.name)}</title>
+<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
+img{{max-width:100%}}figure{{display:inline-block;margin:.5rem;max-width:28rem;vertical-align:top}}
+figcaption{{color:#555;font-size:.85em}}pre{{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:.8em}}
+.in{{border-left:4px solid seagreen;padding-left:.6rem}}.out{{border-left:4px solid crimson;padding-left:.6rem}}</style>
+<h1>{html.escape(study.name)}</h1>
+<p>{len(findings.points)} points of {len({p.run for p in findings.points})} runs. FLOPs count 2 for each
+multiply-accumulate, forward and backward. Laws are fitted to log values with Huber's loss; intervals are 95 %, by a
+bootstrap over runs.</p>
+{held}{drawn}
+<h2>Fits</h2><pre>{html.escape(findings.text())}</pre>
+<h2>Samples</h2>{_samples(study)}
+<h2>Points</h2><pre>{html.escape(table(rows))}</pre>
+<p>What they have in common: {html.escape(passport)}</p></html>
+"""
+
+
+def _samples(study: Study) -> str:
+    """The last grid of each size's longest run."""
+    shown = []
+    for value in study.values:
+        runs = sorted((r for r in study.runs if r.value == value), key=lambda r: -r.budgets[-1])
+        if grid := next((g for g in map(_grid, runs) if g), None):
+            shown.append(_figure(grid, f"{study.axis} {value}"))
+    return "".join(shown) or "<p>None were drawn.</p>"
+
+
+def _grid(run: Run) -> bytes | None:
+    files = sorted((journal_dir(run.config.out) / "samples").glob("samples-*.png"))
+    return files[-1].read_bytes() if files else None
+
+
+def _figure(png: bytes, caption: str) -> str:
+    image = f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"

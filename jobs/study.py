@@ -1,0 +1,612 @@
+"""A scaling study: many sizes, each trained to several budgets, measured, and fitted.
+
+python -m jobs.study plan|run|status|fit|report STUDY.yaml
+"""
+
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+import tyro
+
+from pipeline.config import TrainConfig, check_same_run, file_flags, horizon_steps, parse_flags, parse_train, record
+from pipeline.storage import Store
+from pipeline.tracking import Tracker, connect, find_or_create_run, journal_dir, read_journal, tracking_uri
+
+INTERRUPTED = 75
+
+HARDWARE: dict[str, tuple[dict[str, float], float]] = {
+    "a100": ({"bf16": 312e12, "fp32": 19.5e12}, 1.8),
+    "h100": ({"bf16": 989e12, "fp32": 67e12}, 3.0),
+    "h200": ({"bf16": 989e12, "fp32": 67e12}, 3.8),
+}
+"""Peak dense FLOP/s by precision, from the vendor's data sheets, and a usual price in USD an hour."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file. Its `train:` section holds, as a --config file does, what all its runs have in common."""
+
+    name: str
+    """Of the study; its runs are in runs/NAME unless `out` says otherwise, its MLflow experiment is NAME."""
+    values: tuple[str, ...]
+    """The sizes: values of the axis, one run or more each."""
+    budgets: tuple[float, ...]
+    """FLOPs of training (forward and backward, 2 per MAC) at which each size is measured."""
+    axis: str = "model.channels"
+    """Field of the training configuration that the values are of."""
+    preset: str = "digits"
+    """Preset that the runs start from."""
+    seeds: tuple[int, ...] = (1,)
+    """Runs of each value at each budget, with different seeds: one number for all values, or one for each."""
+    separate: bool = True
+    """Whether each budget has runs of its own, with seeds of their own, so that its points are independent of the
+    other budgets'. Else one long run a seed is measured as it passes the budgets: cheaper by a third or so."""
+    lr: float = 1e-4
+    """Learning rate at 128 channels: a run with C channels has lr / sqrt(C / 128) (IDDPM section 6)."""
+    nll_images: int = 64
+    """Validation images that bits/dim are measured on."""
+    out: str = ""
+    """Folder or URL of the study; default: runs/NAME."""
+    train: tuple[str, ...] = ()
+    """Flags of pipeline.train, from the file's `train:` section."""
+
+    def __post_init__(self) -> None:
+        if not self.values or len(set(self.values)) < len(self.values):
+            raise ValueError(f"values: got {self.values}, expected one or more, each once")
+        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)) or self.budgets[0] <= 0:
+            raise ValueError(f"budgets: got {self.budgets}, expected one or more positive FLOPs, rising")
+        if len(self.seeds) not in (1, len(self.values)) or min(self.seeds) < 1:
+            raise ValueError(f"seeds: got {self.seeds}, expected one number, or one for each of the values, 1 or more")
+        if self.nll_images < 2:
+            raise ValueError(f"nll_images: got {self.nll_images}, expected 2 or more")
+
+    @property
+    def store(self) -> Store:
+        return Store(self.out or f"runs/{self.name}", self.runs[0].config.storage)
+
+    @property
+    def parent(self) -> str:
+        """The iddpm.uid of the MLflow run that the study's runs are below."""
+        return sha256(f"{self.name} {self.out}".encode()).hexdigest()[:32]
+
+    @cached_property
+    def runs(self) -> "list[Run]":
+        """All runs, the smallest first."""
+        made = []
+        seeds = self.seeds * (len(self.values) if len(self.seeds) == 1 else 1)
+        for value, count in zip(self.values, seeds, strict=True):
+            base = ["--preset", self.preset, *self.train, f"--{self.axis.replace('_', '-')}", *value.split()]
+            config, _ = parse_train(base)
+            config = replace(config, lr=self.lr / math.sqrt(config.model.channels / 128))
+            groups = [(b,) for b in self.budgets] if self.separate else [self.budgets]
+            for number, budgets in enumerate(groups):
+                for seed in range(count):
+                    name = "-".join(
+                        [value.replace(" ", "x"), *([f"{budgets[0]:.3g}"] if self.separate else []), str(seed)]
+                    )
+                    made.append(self._run(name, value, seed + 1000 * number, budgets, base, config))
+        return made
+
+    def _run(
+        self, name: str, value: str, seed: int, budgets: tuple[float, ...], base: list[str], config: TrainConfig
+    ) -> "Run":
+        out = f"{self.out or f'runs/{self.name}'}/{name}"
+        tracking = replace(config.tracking, experiment=self.name, name=name, parent=self.parent)
+        flags = [*base, "--out", out, "--seed", str(seed), "--lr", repr(config.lr)]
+        flags += ["--tracking.experiment", self.name, "--tracking.name", name, "--tracking.parent", self.parent]
+        config = replace(config, out=out, seed=seed, tracking=tracking)
+        return Run(name, value, budgets, tuple(flags), config)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a study."""
+
+    name: str
+    value: str
+    budgets: tuple[float, ...]
+    flags: tuple[str, ...]
+    """Of pipeline.train, all but the horizon."""
+    config: TrainConfig
+
+    def at(self, budget: float) -> TrainConfig:
+        return replace(self.config, horizon=f"{budget!r}flops")
+
+    def command(self, budget: float) -> list[str]:
+        return [sys.executable, "-m", "pipeline.train", *self.flags, "--horizon", f"{budget!r}flops"]
+
+    def point(self, budget: float) -> str:
+        """The name of its measurement in the study's store."""
+        return f"points/{self.name}-{budget:.4g}.json"
+
+
+def load_study(path: Path) -> Study:
+    """Read a study file; a bad field prints its message and ends with status 2."""
+    words = file_flags(str(path))
+    study: list[str] = []
+    train: list[str] = []
+    target = study
+    for word in words:
+        if word.startswith("--"):
+            target = train if word.startswith("--train.") else study
+            word = f"--{word.removeprefix('--train.')}" if target is train else word
+        target.append(word)
+    return replace(parse_flags(Study, study, f"{Study.__doc__} ({path})"), train=tuple(train))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a size costs, counted on the meta device."""
+
+    parameters: int
+    forward: int
+    """FLOPs of an image's forward pass."""
+    memory: int
+    """Bytes on one rank."""
+
+    @property
+    def train(self) -> int:
+        return 3 * self.forward
+
+
+def count(config: TrainConfig) -> Cost:
+    from iddpm.flops import count_parameters, forward_flops
+    from pipeline.hardware import memory_bytes
+
+    channels = config.diffusion.out_channels(config.model.in_channels)
+    share = min(config.microbatch or config.batch_size, config.batch_size)
+    return Cost(
+        count_parameters(config.model, channels),
+        forward_flops(config.model, channels),
+        sum(memory_bytes(config, share).values()),
+    )
+
+
+# ------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Print what the study will cost, without training: each run's size, FLOPs, steps, memory, hours, money."""
+
+    study: tyro.conf.Positional[Path]
+    """The study file."""
+    hardware: str = "h100"
+    """Device: a100, h100, h200, or `here` to measure this machine's peak."""
+    utilisation: float | None = None
+    """Part of the peak that training reaches; default: what this study's runs have reached, else 0.3."""
+    price: float | None = None
+    """USD for a device and hour; default: a usual one for the hardware, 0 here."""
+
+    def __post_init__(self) -> None:
+        if self.hardware not in (*HARDWARE, "here"):
+            raise ValueError(f"--hardware: got {self.hardware!r}, expected one of {', '.join(HARDWARE)}, here")
+        if self.utilisation is not None and not 0 < self.utilisation <= 1:
+            raise ValueError(f"--utilisation: got {self.utilisation}, expected a part of the peak, in (0, 1]")
+
+
+def plan(options: Plan) -> None:
+    study = load_study(options.study)
+    costs = {value: count(next(r for r in study.runs if r.value == value).config) for value in study.values}
+    peak, price, source = _speed(options, study)
+    images = _training_images(study)
+    sizes = f"{len(study.runs)} runs of {len(study.values)} sizes ({study.axis})"
+    print(f"{study.name}: {sizes}, at {len(study.budgets)} budgets")
+    print(f"{options.hardware}, {source}: {peak / 1e12:.3g} TFLOP/s sustained")
+    print("FLOPs count 2 for each multiply-accumulate (MAC); training costs 3 forward passes; the papers count MACs.\n")
+    rows = [
+        ["run", "lr", "parameters", "MACs fwd", "FLOPs train", "budget", "steps", "epochs", "memory", "hours", "USD"]
+    ]
+    total = 0.0
+    warned: dict[str, list[str]] = {}
+    for run in study.runs:
+        cost, budget = costs[run.value], run.budgets[-1]
+        steps = horizon_steps(run.at(budget), cost.train)
+        flops = float(steps * run.config.batch_size * cost.train)
+        epochs = steps * run.config.batch_size / images if images else math.nan
+        total += flops
+        hours = flops / peak / 3600
+        rows.append([run.name, f"{run.config.lr:.3g}", f"{cost.parameters:,}", f"{cost.forward / 2e9:.4g}G"])
+        rows[-1] += [f"{cost.train / 1e9:.4g}G", f"{budget:.3g}", f"{steps:,}", f"{epochs:.2f}"]
+        rows[-1] += [f"{cost.memory / 2**30:.2f} GiB", f"{hours:.3g}", f"{hours * price:.2f}"]
+        first = horizon_steps(run.at(run.budgets[0]), cost.train)
+        for line in _unequal(run, first, images):
+            warned.setdefault(line, []).append(run.name)
+    print(table(rows))
+    hours = total / peak / 3600
+    print(f"\ntotal {total:.3e} FLOPs, {hours:.3g} device-hours, {hours * price:.2f} USD, without measuring")
+    if len(study.values) < 3:
+        warned["an isoFLOP parabola needs 3 or more"] = [f"{len(study.values)} sizes"]
+    if len(study.budgets) < 5:
+        warned["L(C) needs 4, and one more to hold out"] = [f"{len(study.budgets)} budgets"]
+    for line in [f"{line}: {', '.join(names)}" for line, names in warned.items()] + edges(study):
+        print(f"warning: {line}")
+
+
+def _unequal(run: Run, steps: int, images: int | None) -> list[str]:
+    """Why a run's first measurement, after so many steps, is not comparable with those of longer runs."""
+    config, said = run.config, []
+    if images and steps * config.batch_size < images:
+        said.append("a horizon below one epoch")
+    if config.warmup_steps > 0.1 * steps:
+        said.append(f"unequal schedules, warm-up of {config.warmup_steps} steps is over a tenth of the run")
+    if (memory := 1 / (1 - config.ema_rates[0])) > 0.2 * steps:
+        said.append(f"unequal schedules, a moving average over {memory:,.0f} steps is over a fifth of the run")
+    return said
+
+
+def _speed(options: Plan, study: Study) -> tuple[float, float, str]:
+    """Sustained FLOP/s, price, and how they are known."""
+    import torch
+
+    from pipeline.hardware import peak_flops
+
+    precision = study.runs[0].config.precision
+    price = options.price
+    if options.hardware == "here":
+        peak = peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
+    else:
+        peaks, usual = HARDWARE[options.hardware]
+        if precision not in peaks:
+            raise ValueError(
+                f"--hardware: no peak is known for {options.hardware} in {precision}, expected {list(peaks)}"
+            )
+        peak, price = peaks[precision], usual if price is None else price
+    seen = [
+        record["metrics"]["compute/utilization"]
+        for run in study.runs
+        for record in read_journal(journal_dir(run.config.out))
+        if record["kind"] == "metrics"
+    ]
+    utilisation = options.utilisation or (statistics.median(seen) if seen else 0.3)
+    how = "as given" if options.utilisation else "as measured" if seen else "assumed"
+    return peak * utilisation, price or 0.0, f"{precision} at {utilisation:.1%} of {peak / 1e12:.3g} TFLOP/s ({how})"
+
+
+def _training_images(study: Study) -> int | None:
+    from pipeline.data import load_index
+
+    config = study.runs[0].config
+    try:
+        return load_index(Store(config.data.url, config.storage), "train").num_samples
+    except (OSError, ValueError):
+        print(f"(no data at {config.data.url} yet: epochs are unknown)")
+        return None
+
+
+# -------------------------------------------------------------------------------------------- run
+
+
+@dataclass(frozen=True)
+class Execute:
+    """Train and measure what is not done yet. The same command again goes on where it was stopped."""
+
+    study: tyro.conf.Positional[Path]
+    """The study file."""
+    launcher: Literal["local", "slurm", "ray"] = "local"
+    """local: here; slurm, ray: make the study ready and print the commands that submit it."""
+    jobs: int = 1
+    """Runs at a time, here."""
+    only: str | None = None
+    """One run, by its name or its number from 0: what a Slurm array's task does."""
+    prefix: str = ""
+    """Words before each training command, such as 'srun --mpi=none --kill-on-bad-exit=1'."""
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ValueError(f"--jobs: got {self.jobs}, expected 1 or more")
+
+
+def execute(options: Execute) -> int:
+    study = load_study(options.study)
+    if options.only is not None:
+        return _one(study, _find(study, options.only), shlex.split(options.prefix))
+    command = ["python", "-m", "jobs.study", "run", str(options.study), "--only"]
+    todo = [run for run in study.runs if any(not study.store.exists(run.point(b)) for b in run.budgets)]
+    print(f"{study.name}: {len(study.runs) - len(todo)} of {len(study.runs)} runs are done", flush=True)
+    if not todo:
+        return 0
+    _prepare(study)
+    if options.launcher == "slurm":
+        numbers = ",".join(str(study.runs.index(run)) for run in todo)
+        inner = shlex.join([*command, "TASK", "--prefix", options.prefix or "srun --mpi=none --kill-on-bad-exit=1"])
+        wrap = inner.replace("TASK", "$SLURM_ARRAY_TASK_ID")
+        print(f"sbatch --array={numbers} --gpus-per-node=1 --requeue --open-mode=append --wrap {shlex.quote(wrap)}")
+        return 0
+    if options.launcher == "ray":
+        prefix = options.prefix or "env -u RAY_JOB_CONFIG_JSON_ENV_VAR"  # one worker, on the job's own GPU
+        for run in todo:
+            words = shlex.join([*command, run.name, "--prefix", prefix])
+            print(f"ray job submit --no-wait --entrypoint-num-gpus 1 -- {words}")
+        return 0
+
+    children = Children()
+
+    def start(run: Run) -> int:
+        began = time.monotonic()
+        log = journal_dir(run.config.out) / "log.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+        words = [sys.executable, *command[1:], run.name, "--prefix", options.prefix]
+        with log.open("ab") as file:
+            status = children.run(words, file, {"OMP_NUM_THREADS": threads, **os.environ})
+        said = {0: "done", INTERRUPTED: "interrupted"}.get(status, f"failed with status {status}: see {log}")
+        print(f"{run.name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
+        return status
+
+    # The longest first: at the end no core waits for one that came last.
+    todo.sort(key=lambda run: -run.budgets[-1])
+    with ThreadPoolExecutor(options.jobs) as pool:
+        statuses = list(pool.map(start, todo))
+    return next((s for s in (INTERRUPTED, 1) if s in statuses), 1 if any(statuses) else 0)
+
+
+def _find(study: Study, which: str) -> Run:
+    names = [run.name for run in study.runs]
+    if which.isdecimal() and which not in names and int(which) < len(names):
+        return study.runs[int(which)]
+    if which not in names:
+        raise ValueError(f"--only: got {which!r}, expected 0 to {len(names) - 1}, or one of {', '.join(names)}")
+    return study.runs[names.index(which)]
+
+
+def _prepare(study: Study) -> None:
+    """What must be there before many runs start at once: the data, the MLflow database, the runs' parent."""
+    from pipeline.train import provide_digits
+
+    study.store.check(write=True)
+    provide_digits(study.runs[0].config)
+    tracking = study.runs[0].config.tracking
+    if tracking.uri == "none":
+        return
+    try:
+        find_or_create_run(connect(tracking_uri(tracking)), study.name, study.parent, study.name, {})
+    except Exception as error:  # a tracking server's troubles are never the study's
+        print(f"warning: MLflow does not answer ({error}); the journals below {study.store} have all of it", flush=True)
+
+
+def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
+    """Train a run to each of its budgets in turn, and measure it there."""
+    todo = []
+    for budget in run.budgets:
+        if study.store.exists(run.point(budget)):
+            done = json.loads(study.store.read(run.point(budget)))
+            check_same_run(done["config"], run.at(budget))
+        else:
+            todo.append(budget)
+    children = Children()
+    for budget in todo:
+        if status := children.run([*prefix, *run.command(budget)]):
+            return status
+        measure(study, run, budget)
+    return 0
+
+
+class Children:
+    """The processes of this one. A signal that asks it to stop is passed on to them, and no more are started."""
+
+    def __init__(self) -> None:
+        self.running: list[subprocess.Popen[bytes]] = []
+        self.stop = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._end)
+
+    def _end(self, *_: object) -> None:
+        self.stop = True
+        for process in list(self.running):
+            process.terminate()
+
+    def run(self, command: Sequence[str], log: IO[bytes] | None = None, env: dict[str, str] | None = None) -> int:
+        """The exit status of a command: INTERRUPTED where a signal ended it, or kept it from starting."""
+        if self.stop:
+            return INTERRUPTED
+        # A session of its own: what Ctrl-C sends to all comes to it once, from here.
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+        self.running.append(process)
+        if self.stop:  # the signal came in between
+            process.terminate()
+        status = process.wait()
+        self.running.remove(process)
+        return INTERRUPTED if status == -signal.SIGTERM else status
+
+
+def measure(study: Study, run: Run, budget: float) -> None:
+    """Write the point of a run that has reached its budget: to the study's store, the journal and MLflow."""
+    from iddpm.flops import count_parameters, train_flops
+    from pipeline.sample import load_trained
+    from pipeline.world import World, pick_device
+
+    config = run.config
+    world = World(device=pick_device(config.launch.device, 0))
+    trained = load_trained(config.out, config.storage, world.device)
+    channels = config.diffusion.out_channels(config.model.in_channels)
+    parameters = count_parameters(config.model, channels)
+    flops = float(trained.meta["images"] * train_flops(config.model, channels))
+    value, error, passport = nll(trained, study.nll_images, world)
+    passport |= {"train_data": trained.meta["dataset_digest"], "batch_size": config.batch_size}
+    passport |= {"diffusion": asdict(config.diffusion), "ema": trained.ema_rate}
+    metrics = {  # training has logged the compute of this step already
+        "eval/nll": value,
+        "eval/nll_standard_error": error,
+        "eval/log10_nll": math.log10(value),
+        "compute/parameters": float(parameters),
+        "compute/log10_parameters": math.log10(parameters),
+    }
+    tracker = Tracker(
+        journal_dir(config.out),
+        config.tracking,
+        uid=trained.meta["uid"],
+        name=run.name,
+        run_config=record(run.at(budget)),
+        dataset={"url": config.data.url, "name": "", "digest": trained.meta["dataset_digest"]},
+    )
+    tracker.evaluation(trained.step, metrics)
+    tracker.close("FINISHED")
+    point = {"run": run.name, "parameters": parameters, "images": trained.meta["images"], "flops": flops}
+    point |= {"budget": budget, "value": value, "error": error, "passport": passport, "config": trained.meta["config"]}
+    study.store.write(run.point(budget), json.dumps(point, indent=1).encode())
+    print(f"{run.name}: {flops:.4e} FLOPs, {value:.4f} +- {error:.4f} bits/dim", flush=True)
+
+
+def nll(trained: Any, images: int, world: Any) -> tuple[float, float, dict[str, Any]]:
+    """Bits/dim of the first validation images, its standard error, and all that another value must share with it."""
+    from iddpm.diffusion import Diffusion
+    from pipeline.data import load_index, samples
+    from pipeline.evaluate import exact_nll
+    from pipeline.hardware import DTYPES
+    from pipeline.sample import autocast
+
+    run = trained.config
+    store = Store(run.data.url, run.storage)
+    index = load_index(store, "val")
+    x, labels = samples(store, index, range(min(images, index.num_samples)))
+    with autocast(world.device, run.precision):
+        found = exact_nll(
+            trained.model,
+            Diffusion(run.diffusion, device=world.device),
+            x,
+            labels if run.model.num_classes is not None else None,
+            world,
+            dtype=DTYPES["fp64" if run.precision == "fp64" else "fp32"],
+        )
+    assert found, "this is rank 0"
+    passport = {"metric": "nll", "bound": f"exact, T = {run.diffusion.timesteps}", "images": len(x), "seed": 0}
+    return found.mean, found.standard_error, passport | {"data": index.digest, "precision": run.precision}
+
+
+# ------------------------------------------------------------------------------------ status, fit
+
+
+@dataclass(frozen=True)
+class Status:
+    """Show how far each run is."""
+
+    study: tyro.conf.Positional[Path]
+    """The study file."""
+    watch: float = 0.0
+    """Show it again every so many seconds; 0: once."""
+
+
+def status(options: Status) -> None:
+    study = load_study(options.study)
+    while True:
+        rows = [["run", "state", "step", "FLOPs", "of budget", "loss", "images/s", "seen", "bits/dim"]]
+        points = {(p.run, p.budget): p.value for p in load_points(study)}
+        for run in study.runs:
+            records = read_journal(journal_dir(run.config.out))
+            last: dict[str, Any] = next((r for r in reversed(records) if r["kind"] == "metrics"), {})
+            state = next((r["status"].lower() for r in reversed(records) if r["kind"] == "status"), "waiting")
+            if records and records[-1]["kind"] != "status":
+                state = "running"
+            values = [points.get((run.name, b)) for b in run.budgets]
+            state = "done" if all(values) else state
+            flops = last.get("metrics", {}).get("compute/train_flops", 0.0)
+            rows.append([run.name, state, str(last.get("step", "")), f"{flops:.3g}", f"{flops / run.budgets[-1]:.0%}"])
+            rows[-1] += [f"{last['metrics'][k]:.4g}" if last else "" for k in ("train/loss", "train/images_per_second")]
+            rows[-1] += [f"{time.time() - records[-1]['time']:.0f} s ago" if records else ""]
+            rows[-1] += [" ".join("-" if v is None else f"{v:.4f}" for v in values)]
+        print(("\033[2J\033[H" if options.watch else "") + table(rows))
+        print(f"{len(points)} of {sum(len(run.budgets) for run in study.runs)} points measured", flush=True)
+        if not options.watch:
+            return
+        time.sleep(options.watch)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fit the scaling laws to what is measured, and print them with their intervals."""
+
+    study: tyro.conf.Positional[Path]
+    """The study file."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Fit, draw and write everything into one HTML file and PNGs, and log them to the study's MLflow run."""
+
+    study: tyro.conf.Positional[Path]
+    """The study file."""
+    out: str = ""
+    """Folder to write into; default: report/ in the study's own, or runs/NAME/report for a remote one."""
+
+
+def load_points(study: Study) -> "list[Any]":
+    """The ComputePoints of the study's own runs that are measured."""
+    from pipeline.scaling import ComputePoint
+
+    there = set(study.store.list("points/"))
+    names = [run.point(budget) for run in study.runs for budget in run.budgets]
+    points = [json.loads(study.store.read(name)) for name in names if name in there]
+    return [
+        ComputePoint(**{k: p[k] for k in ("run", "parameters", "images", "flops", "budget", "value", "passport")})
+        for p in points
+    ]
+
+
+def edges(study: Study) -> list[str]:
+    """Warnings about the points that are there."""
+    if not study.store.list("points/"):
+        return []
+    from pipeline.scaling import warnings
+
+    return warnings(load_points(study))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+Command = (
+    Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Execute, tyro.conf.subcommand("run")]
+    | Annotated[Status, tyro.conf.subcommand("status")]
+    | Annotated[Fit, tyro.conf.subcommand("fit")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        options: Any = parse_flags(Command, argv, __doc__ or "")  # type: ignore[arg-type]
+        match options:
+            case Plan():
+                plan(options)
+            case Execute():
+                return execute(options)
+            case Status():
+                status(options)
+            case Fit() | Report():
+                from jobs.report import report
+
+                study = load_study(options.study)
+                report(study, load_points(study), getattr(options, "out", None))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,412 @@
+"""How a measure falls with compute: power laws with an irreducible term, fitted, with intervals, or refused.
+
+    L(C)    = E + A C^-a                  over the compute frontier: the best size at each budget
+    L(N, D) = E + A N^-alpha + B D^-beta  over all points (Hoffmann et al. 2022, eq. 2)
+
+C is FLOPs of training (2 per multiply-accumulate), N the number of weights, D the number of images seen. Fits minimise
+the sum of Huber's loss of log residuals, from a grid of starts (Hoffmann et al. 2022, section 3.3), and E is fitted,
+never set by hand. Intervals are a bootstrap over runs, because the checkpoints of a run are not independent.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+Array = NDArray[np.float64]
+
+DELTA = 1e-3
+"""Of Huber's loss: log residuals beyond it count linearly, so that a bad run bends nothing."""
+RESAMPLES = 400
+LEVEL = 0.95
+
+PAPER = {"NLL": (3.40, 3.0e-15, 0.17), "FID": (4.00, 2.5e-25, 0.22)}
+"""The fits printed in IDDPM (section 6): E, k and a of E + (k C)^-a. E was set by hand, and C agrees with
+multiply-accumulates, not with FLOPs."""
+
+
+@dataclass(frozen=True)
+class ComputePoint:
+    """One measurement of one run."""
+
+    run: str
+    """Points of one run are not independent of each other."""
+    parameters: float
+    images: float
+    flops: float
+    """Spent on training when it was measured."""
+    budget: float
+    """FLOPs it was meant to have: points of one budget are compared with each other."""
+    value: float
+    passport: dict[str, Any] = field(default_factory=dict)
+    """All that must agree before two values may be compared: data, metric, number of images, ..."""
+
+
+def check_points(points: Sequence[ComputePoint]) -> None:
+    """Raise ValueError where the points cannot be compared with each other."""
+    for point in points:
+        if not (point.value > 0 and math.isfinite(point.value)):
+            raise ValueError(f"{point.run}: got the value {point.value}, expected a positive number")
+    names = sorted({name for point in points for name in point.passport})
+    for name in names:
+        groups: dict[str, str] = {}
+        for point in points:
+            groups.setdefault(repr(point.passport.get(name)), point.run)
+        if len(groups) > 1:
+            got = ", ".join(f"{value} ({run})" for value, run in groups.items())
+            raise ValueError(f"points of mixed {name}: got {got}, expected one; fit them apart")
+
+
+# ------------------------------------------------------------------------------------------- laws
+
+
+NAMES = {("C",): ("E", "A", "a"), ("N", "D"): ("E", "A", "B", "alpha", "beta")}
+"""Of a law's parameters, by its inputs."""
+
+
+@dataclass(frozen=True)
+class ScalingFit:
+    """A fitted law of k inputs: log y = logsumexp(log E, log A_j - alpha_j log x_j)."""
+
+    inputs: tuple[str, ...]
+    """("C",) or ("N", "D")."""
+    theta: Array
+    """[1 + 2k]: log E, log A_j, alpha_j."""
+    samples: Array
+    """[resamples, 1 + 2k]: the same of each bootstrap resample."""
+    residuals: Array
+    """[n]: log measured - log fitted."""
+    runs: int
+    """Independent runs behind it."""
+    undetermined: tuple[str, ...] = ()
+    """Parameters that the fit left at a bound: the points do not say what they are."""
+
+    def parameters(self) -> dict[str, tuple[float, float, float]]:
+        """Each parameter's value and the ends of its interval."""
+        ends = np.stack([self.theta, *self.interval(self.theta, self.samples)])
+        ends[:, : 1 + len(self.inputs)] = np.exp(ends[:, : 1 + len(self.inputs)])
+        return {name: (v, low, high) for name, (v, low, high) in zip(NAMES[self.inputs], ends.T.tolist(), strict=True)}
+
+    def predict(self, *x: Any) -> Array:
+        """The law at inputs [m] each."""
+        return np.exp(_law(self.theta[None], _columns(x))[0][0])
+
+    def band(self, *x: Any, noise: bool = False) -> tuple[Array, Array]:
+        """The interval of the law at inputs [m] each; with `noise`, that of a new measurement there."""
+        log_x = _columns(x)
+        logs = _law(self.samples, log_x)[0]
+        if noise:
+            logs = logs + np.random.default_rng(1).choice(self.residuals, logs.shape)
+        low, high = self.interval(_law(self.theta[None], log_x)[0][0], logs)
+        return np.exp(low), np.exp(high)
+
+    def interval(self, value: Array, samples: Array) -> tuple[Array, Array]:
+        """Ends of the interval of something [m] that has the values [resamples, m] in the bootstrap.
+
+        Residuals are smaller than the noise, because the parameters follow it: wider around the value by as much.
+        """
+        wide = value + (samples - value) * math.sqrt(self.runs / max(1, self.runs - len(self.theta)))
+        tail = 50 * (1 - LEVEL)
+        low, high = np.percentile(wide, [tail, 100 - tail], axis=0)
+        return low, high
+
+
+def fit_frontier(points: Sequence[ComputePoint], resamples: int = RESAMPLES) -> ScalingFit:
+    """L(C) over the best size at each budget. Raises ValueError for fewer than 4 budgets or 4 runs there."""
+    check_points(points)
+    best = frontier(points)
+    if len(best) < 4:
+        raise ValueError(f"frontier: got {len(best)} budgets, expected 4 or more for the 3 parameters of E + A C^-a")
+    chosen = [p for p in points if any(p.budget == b.budget and p.parameters == b.parameters for b in best)]
+    return _fit(("C",), np.log([[p.flops] for p in chosen]), chosen, 4, resamples)
+
+
+def fit_size_data(points: Sequence[ComputePoint], resamples: int = RESAMPLES) -> ScalingFit:
+    """L(N, D) over all points. Raises ValueError for fewer than 3 sizes, 6 runs or 8 points."""
+    check_points(points)
+    sizes = {p.parameters for p in points}
+    if len(sizes) < 3 or len(points) < 8:
+        raise ValueError(
+            f"L(N, D): got {len(points)} points of {len(sizes)} sizes, expected 8 or more points of 3 or more sizes"
+            " for its 5 parameters"
+        )
+    return _fit(("N", "D"), np.log([[p.parameters, p.images] for p in points]), points, 6, resamples)
+
+
+def _fit(
+    inputs: tuple[str, ...], log_x: Array, points: Sequence[ComputePoint], min_runs: int, resamples: int
+) -> ScalingFit:
+    log_y = np.log([p.value for p in points])
+    names = sorted({p.run for p in points})
+    if len(names) < min_runs:
+        raise ValueError(
+            f"{'L(C)' if len(inputs) == 1 else 'L(N, D)'}: rests on {len(names)} runs, expected {min_runs} or more;"
+            " more checkpoints of the same runs do not help, more seeds, sizes or separate budgets do"
+        )
+    # Centred, so that a start fits data of any scale and the parameters are little correlated.
+    centre = log_x.mean(0)
+    x = log_x - centre
+    theta = _minimise(_starts(x, log_y), x, log_y)
+    bound = np.any(np.isclose(theta, _bounds(x, log_y)), axis=0)
+
+    # The bootstrap over runs: a resample gives each run a weight (Rubin 1981), so that no size ever vanishes.
+    rng = np.random.default_rng(0)
+    weights = rng.standard_exponential((resamples, len(names)))
+    weights *= len(names) / weights.sum(1, keepdims=True)
+    run = np.searchsorted(names, [p.run for p in points])
+    samples = _resample(theta, x, log_y, weights[:, run])
+    residuals = log_y - _law(theta[None], x)[0][0]
+    k = len(inputs)
+    for t in (theta, samples.T):  # back from centred inputs
+        t[1 : 1 + k] += (t[1 + k :].T * centre).T
+    undetermined = tuple(name for name, at in zip(NAMES[inputs], bound, strict=True) if at)
+    return ScalingFit(inputs, theta, samples, residuals, len(names), undetermined)
+
+
+def _starts(log_x: Array, log_y: Array) -> Array:
+    """[starts, 1 + 2k]: part of the value that is irreducible, how the rest is shared out, exponents."""
+    k, y = log_x.shape[1], log_y.min()
+    exponents = list(product((0.15, 0.4, 0.9), repeat=k))
+    return np.array(
+        [
+            [y + math.log(part), *[y + math.log((1 - part) / k)] * k, *alphas]
+            for part, alphas in product((0.2, 0.7, 0.95), exponents)
+        ]
+    )
+
+
+def _minimise(starts: Array, log_x: Array, log_y: Array) -> Array:
+    """The best of L-BFGS from each start: theta [1 + 2k]."""
+    low, high = _bounds(log_x, log_y)
+
+    def objective(theta: Array) -> tuple[float, Array]:
+        law, jacobian = _law(theta[None], log_x)
+        r = law[0] - log_y
+        return _huber(r).sum() / DELTA, np.clip(r, -DELTA, DELTA) @ jacobian[0] / DELTA
+
+    options = {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-8}
+    found = [
+        minimize(
+            objective, start, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)), options=options
+        )
+        for start in starts
+    ]
+    return min(found, key=lambda result: result.fun).x
+
+
+def _resample(theta: Array, log_x: Array, log_y: Array, weights: Array, steps: int = 40) -> Array:
+    """The same minimum under each row of weights [resamples, n], all at once: theta [resamples, 1 + 2k].
+
+    Huber's loss is at every point below a parabola that touches it: Levenberg-Marquardt on those, from the full fit,
+    descends as L-BFGS does and, without a Python call for each resample, fifty times as fast.
+    """
+    low, high = _bounds(log_x, log_y)
+    thetas = np.repeat(theta[None], len(weights), 0)
+    damping = np.full(len(weights), 1e-3)
+    law, jacobian = _law(thetas, log_x)
+    loss = (weights * _huber(law - log_y)).sum(1)
+    for _ in range(steps):
+        r = law - log_y
+        curvature = weights * np.minimum(1, DELTA / np.maximum(np.abs(r), 1e-300))
+        weighted = (curvature[..., None] * jacobian).swapaxes(1, 2)
+        hessian = weighted @ jacobian
+        diagonal = np.einsum("bii->bi", hessian)
+        diagonal += damping[:, None] * diagonal + 1e-12
+        trial = np.clip(thetas - np.linalg.solve(hessian, weighted @ r[..., None])[..., 0], low, high)
+        trial_law, trial_jacobian = _law(trial, log_x)
+        trial_loss = (weights * _huber(trial_law - log_y)).sum(1)
+        better = trial_loss < loss
+        thetas[better], law[better], jacobian[better] = trial[better], trial_law[better], trial_jacobian[better]
+        loss = np.where(better, trial_loss, loss)
+        damping = np.where(better, damping / 3, damping * 4)
+    return thetas
+
+
+def _bounds(log_x: Array, log_y: Array) -> tuple[Array, Array]:
+    """Of theta: values that no data could tell from infinite ones."""
+    k = log_x.shape[1]
+    y = log_y.min()
+    return (
+        np.array([y - 12, *[y - 12] * k, *[1e-3] * k]),
+        np.array([log_y.max(), *[log_y.max() + 12] * k, *[5.0] * k]),
+    )
+
+
+def _law(thetas: Array, log_x: Array) -> tuple[Array, Array]:
+    """log y [m, n] at inputs [n, k] for thetas [m, 1 + 2k], in logsumexp's stable form, and d log y / d theta."""
+    k = log_x.shape[1]
+    powers = thetas[:, None, 1 : 1 + k] - thetas[:, None, 1 + k :] * log_x
+    terms = np.concatenate([np.broadcast_to(thetas[:, None, :1], (*powers.shape[:2], 1)), powers], axis=2)
+    largest = terms.max(2, keepdims=True)
+    shares = np.exp(terms - largest)
+    total = shares.sum(2, keepdims=True)
+    shares /= total
+    return (largest + np.log(total))[..., 0], np.concatenate([shares, -shares[..., 1:] * log_x], axis=2)
+
+
+def _huber(r: Array) -> Array:
+    a = np.abs(r)
+    return np.where(a <= DELTA, a**2 / 2, DELTA * (a - DELTA / 2))
+
+
+# --------------------------------------------------------------------- frontier, isoFLOP, optimum
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best size at one budget."""
+
+    budget: float
+    parameters: float
+    value: float
+    edge: bool
+    """It is the smallest or largest size measured: a better one may lie outside."""
+
+
+def frontier(points: Sequence[ComputePoint]) -> list[Best]:
+    """For each budget the size with the smallest mean over seeds, by rising budget."""
+    found = []
+    for budget, means in _means(points).items():
+        parameters = min(means, key=lambda n: means[n])
+        found.append(Best(budget, parameters, means[parameters], parameters in (min(means), max(means))))
+    return found
+
+
+def _means(points: Sequence[ComputePoint]) -> dict[float, dict[float, float]]:
+    """budget -> size -> geometric mean of the values."""
+    logs: dict[float, dict[float, list[float]]] = {}
+    for p in sorted(points, key=lambda p: (p.budget, p.parameters)):
+        logs.setdefault(p.budget, {}).setdefault(p.parameters, []).append(math.log(p.value))
+    return {c: {n: math.exp(sum(v) / len(v)) for n, v in sizes.items()} for c, sizes in logs.items()}
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """log value = c0 + c1 log N + c2 (log N)^2 at one budget (Hoffmann et al. 2022, approach 2)."""
+
+    budget: float
+    coefficients: tuple[float, float, float]
+    parameters: float | None
+    """Of its minimum; None where it has none within the sizes measured."""
+    problem: str = ""
+    """Why it has none."""
+
+    def __call__(self, parameters: Any) -> Any:
+        return np.exp(np.polynomial.Polynomial(self.coefficients)(np.log(parameters)))
+
+
+def isoflop(points: Sequence[ComputePoint]) -> list[Parabola]:
+    """A parabola for each budget that has 3 sizes or more. One whose minimum lies outside them gives no optimum."""
+    check_points(points)
+    found = []
+    for budget, means in _means(points).items():
+        if len(means) < 3:
+            continue
+        chosen = [p for p in points if p.budget == budget]
+        log_n = np.log([p.parameters for p in chosen])
+        c2, c1, c0 = map(float, np.polyfit(log_n, np.log([p.value for p in chosen]), 2))
+        optimum = -c1 / (2 * c2) if c2 > 0 else math.nan
+        problem = ""
+        if not c2 > 0:
+            problem = "it has no minimum"
+        elif not log_n.min() < optimum < log_n.max():
+            side = "smallest" if optimum <= log_n.min() else "largest"
+            problem = f"its minimum lies beyond the {side} size"
+        found.append(Parabola(budget, (c0, c1, c2), None if problem else math.exp(optimum), problem))
+    return found
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The size and the number of images that L(N, D) gives a budget."""
+
+    parameters: float
+    images: float
+    value: float
+
+
+def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: float) -> tuple[Optimum, Optimum, Optimum]:
+    """The optimum for a budget, and the lower and upper ends of each of its intervals.
+
+    FLOPs an image grow with N as in the points: C = k N^kappa D. So with B D^-beta as a power of N, dL/dN = 0 has
+    a closed solution. Raises ValueError where the points bracket no optimum at any budget.
+    """
+    assert fit.inputs == ("N", "D")
+    if open_ := [name for name in fit.undetermined if name != "E"]:  # the floor moves no optimum
+        raise ValueError(f"compute-optimal size: the points do not determine {', '.join(open_)} of L(N, D)")
+    if all(b.edge for b in frontier(points)):
+        raise ValueError(
+            "compute-optimal size: at every budget the best size is the smallest or largest one measured, so the points"
+            " show no optimum; add sizes beyond that edge, or budgets at which it is inside"
+        )
+    log_n = np.log([p.parameters for p in points])
+    kappa, log_k = np.polyfit(log_n, np.log([p.flops / p.images for p in points]), 1)
+
+    def solve(thetas: Array) -> Array:
+        """Logs of N, D and the value, [m, 3]."""
+        e, a, b, alpha, beta = thetas.T
+        b_of_n = b + beta * (log_k - math.log(flops))  # B D^-beta = exp(b_of_n) N^(kappa beta)
+        n = (np.log(alpha / (kappa * beta)) + a - b_of_n) / (alpha + kappa * beta)
+        d = math.log(flops) - log_k - kappa * n
+        value = np.exp(e) + np.exp(a - alpha * n) + np.exp(b - beta * d)
+        return np.stack([n, d, np.log(value)], axis=1)
+
+    best_logs = solve(fit.theta[None])[0]
+    low, high = fit.interval(best_logs, solve(fit.samples))
+    return Optimum(*np.exp(best_logs).tolist()), Optimum(*np.exp(low).tolist()), Optimum(*np.exp(high).tolist())
+
+
+# ------------------------------------------------------------------------------------- holding out
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The largest budget's best value, predicted by a law that was fitted without that budget."""
+
+    budget: float
+    measured: float
+    predicted: float
+    low: float
+    high: float
+
+    @property
+    def covered(self) -> bool:
+        return self.low <= self.measured <= self.high
+
+
+def hold_out(points: Sequence[ComputePoint], law: str, resamples: int = RESAMPLES) -> HeldOut:
+    """Fit a law ("L(C)" or "L(N, D)") to all but the largest budget, and predict a measurement there.
+
+    Raises ValueError as the fits do: what is left must be enough.
+    """
+    last = max(p.budget for p in points)
+    rest = [p for p in points if p.budget < last]
+    best = frontier(points)[-1]
+    mean = [p for p in points if p.budget == last and p.parameters == best.parameters]
+    if law == "L(C)":
+        fit, x = fit_frontier(rest, resamples), [[p.flops for p in mean[:1]]]
+    else:
+        fit, x = fit_size_data(rest, resamples), [[best.parameters], [mean[0].images]]
+    low, high = fit.band(*x, noise=True)
+    return HeldOut(last, best.value, float(fit.predict(*x)[0]), float(low[0]), float(high[0]))
+
+
+def warnings(points: Sequence[ComputePoint]) -> list[str]:
+    """What a reader of the fits must know."""
+    said = [
+        f"budget {b.budget:.2g} FLOPs: the best size, {b.parameters:,.0f} weights, is at the grid's edge; a better"
+        " one may lie beyond it"
+        for b in frontier(points)
+        if b.edge
+    ]
+    said += [f"isoFLOP parabola at {c.budget:.2g} FLOPs: {c.problem}" for c in isoflop(points) if c.problem]
+    return said
+
+
+def _columns(x: Sequence[Any]) -> Array:
+    return np.log(np.stack([np.atleast_1d(np.asarray(v, np.float64)) for v in x], axis=1))

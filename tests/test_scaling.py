@@ -1,0 +1,181 @@
+"""Known laws are recovered, with intervals that hold what they promise; what cannot be fitted is refused."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from pipeline import scaling
+from pipeline.scaling import ComputePoint, compute_optimal, fit_frontier, fit_size_data, frontier, hold_out, isoflop
+
+E, A, B, ALPHA, BETA = 1.0, 400.0, 410.0, 0.34, 0.28
+SIZES = np.geomspace(3e5, 1e8, 5)
+BUDGETS = np.geomspace(1e14, 1e17, 5)
+
+
+def law(n, d):
+    return E + A * n**-ALPHA + B * d**-BETA
+
+
+def grid(noise: float = 0.0, seed: int = 0, sizes=SIZES, budgets=BUDGETS, seeds: int = 1) -> list[ComputePoint]:
+    """Runs that follow L(N, D), each to a budget of its own; C = 6 N D."""
+    rng = np.random.default_rng(seed)
+    return [
+        ComputePoint(f"{n:.3g}-{c:.3g}-{s}", n, c / (6 * n), c, c, law(n, c / (6 * n)) * math.exp(rng.normal(0, noise)))
+        for n in sizes
+        for c in budgets
+        for s in range(seeds)
+    ]
+
+
+def line(noise: float = 0.0, seed: int = 0, budgets: int = 8, seeds: int = 2) -> list[ComputePoint]:
+    """Runs that follow IDDPM's printed NLL over compute."""
+    e, k, a = scaling.PAPER["NLL"]
+    rng = np.random.default_rng(seed)
+    return [
+        ComputePoint(f"{c:.3g}-{s}", 1e6, c / 6e6, c, c, (e + (k * c) ** -a) * math.exp(rng.normal(0, noise)))
+        for c in np.geomspace(1e15, 1e20, budgets)
+        for s in range(seeds)
+    ]
+
+
+def test_exact_points_give_the_exact_law() -> None:
+    found = fit_size_data(grid(), 20).parameters()
+    for name, true in {"E": E, "A": A, "B": B, "alpha": ALPHA, "beta": BETA}.items():
+        assert found[name][0] == pytest.approx(true, rel=1e-2), name
+    e, k, a = scaling.PAPER["NLL"]
+    found = fit_frontier(line(), 20).parameters()
+    for name, true in {"E": e, "A": k**-a, "a": a}.items():
+        assert found[name][0] == pytest.approx(true, rel=1e-2), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["L(C)", "L(N, D)"])
+def test_true_exponents_lie_in_their_intervals(kind: str) -> None:
+    """In at least 90 of 100 repeats, of intervals that promise 95 %."""
+    hits = dict.fromkeys(("a",) if kind == "L(C)" else ("alpha", "beta"), 0)
+    true = {"a": scaling.PAPER["NLL"][2], "alpha": ALPHA, "beta": BETA}
+    for seed in range(100):
+        if kind == "L(C)":
+            found = fit_frontier(line(0.005, seed), 200).parameters()
+        else:
+            found = fit_size_data(grid(0.01, seed), 200).parameters()
+        for name in hits:
+            _, low, high = found[name]
+            hits[name] += low <= true[name] <= high
+            assert high - low < true[name]  # an interval that holds everything says nothing
+    assert min(hits.values()) >= 90, hits
+
+
+def test_the_bootstrap_finds_what_the_fit_would_find() -> None:
+    """A weight of 2 is a point given twice: the two minimisers must agree on the minimum."""
+    points = grid(0.01)
+    log_x = np.log([[p.parameters, p.images] for p in points])
+    log_x -= log_x.mean(0)
+    log_y = np.log([p.value for p in points])
+    start = scaling._minimise(scaling._starts(log_x, log_y), log_x, log_y)
+    twice = np.random.default_rng(3).integers(0, 3, (4, len(points)))
+    batch = scaling._resample(start, log_x, log_y, twice.astype(float), steps=200)
+    for weights, theta in zip(twice, batch, strict=True):
+        x, y = np.repeat(log_x, weights, 0), np.repeat(log_y, weights)
+        alone = scaling._minimise(scaling._starts(x, y), x, y)
+        loss = [scaling._huber(scaling._law(t[None], x)[0][0] - y).sum() for t in (theta, alone)]
+        assert loss[0] == pytest.approx(loss[1], rel=1e-3)
+
+
+def test_runs_not_checkpoints_are_resampled() -> None:
+    """A seed moves all checkpoints of a run together: taken for independent runs, they would promise too much."""
+    noise = np.random.default_rng(0).normal(0, 0.02, (len(SIZES), 3))
+    runs = [
+        dataclasses.replace(p, run=f"{size}-{seed}", value=p.value * math.exp(noise[size, seed]))
+        for size, n in enumerate(SIZES)
+        for seed in range(3)
+        for p in grid(sizes=[n])
+    ]
+    apart = [dataclasses.replace(p, run=f"{p.run}-{p.budget:.3g}") for p in runs]
+    fits = [fit_size_data(points, 200) for points in (runs, apart)]
+    assert [fit.runs for fit in fits] == [15, 75]
+    bands = [fit.band(1e9, 1e9) for fit in fits]
+    assert bands[0][1] - bands[0][0] > 1.2 * (bands[1][1] - bands[1][0])
+
+
+def test_the_frontier_is_the_best_size_at_each_budget() -> None:
+    points = grid(seeds=2)
+    for best in frontier(points):
+        assert best.value == pytest.approx(min(p.value for p in points if p.budget == best.budget))
+    inside = [b for b in frontier(points) if not b.edge]
+    assert inside
+    assert all(SIZES[0] < b.parameters < SIZES[-1] for b in inside)
+
+
+def test_parabolas() -> None:
+    quadratic = [
+        dataclasses.replace(p, value=math.exp(0.1 * (math.log(p.parameters) - math.log(2e6)) ** 2)) for p in grid()
+    ]
+    curve = isoflop(quadratic)[0]
+    assert curve.parameters == pytest.approx(2e6)
+    assert curve(2e6) == pytest.approx(1.0)
+    falling = [dataclasses.replace(p, value=10 * p.parameters**-0.1) for p in grid()]
+    assert all(c.parameters is None for c in isoflop(falling))
+    beyond = [dataclasses.replace(p, value=math.exp(0.01 * math.log(p.parameters / 1e10) ** 2)) for p in grid()]
+    assert all("beyond the largest size" in c.problem for c in isoflop(beyond))
+    assert all(c.parameters is None for c in isoflop(beyond))
+    said = scaling.warnings(beyond)
+    assert sum("grid's edge" in line for line in said) == sum("isoFLOP" in line for line in said) == len(BUDGETS)
+
+
+def test_the_compute_optimal_size_is_the_laws_minimum() -> None:
+    points = grid(0.01)
+    fit = fit_size_data(points, 50)
+    found, low, high = compute_optimal(fit, points, 1e18)
+    sizes = np.geomspace(1e5, 1e10, 200_001)
+    values = fit.predict(sizes, 1e18 / (6 * sizes))
+    assert found.parameters == pytest.approx(sizes[values.argmin()], rel=1e-3)
+    assert found.value == pytest.approx(values.min(), rel=1e-6)
+    assert 6 * found.parameters * found.images == pytest.approx(1e18)
+    assert low.value <= found.value <= high.value
+
+
+def test_the_largest_budget_is_predicted_from_the_others() -> None:
+    covered = 0
+    for seed in range(10):
+        points = grid(0.01, seed)
+        held = hold_out(points, "L(N, D)", 100)
+        assert held.budget == BUDGETS[-1]
+        assert held.measured == frontier(points)[-1].value
+        covered += held.covered
+    assert covered >= 8
+    surprised = [dataclasses.replace(p, value=p.value * (1.3 if p.budget == BUDGETS[-1] else 1)) for p in grid(0.01)]
+    assert not hold_out(surprised, "L(N, D)", 100).covered
+    assert hold_out(line(0.002), "L(C)", 100).predicted == pytest.approx(3.45, abs=0.1)
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    points = grid(0.01)
+    for refused, says in (
+        (lambda: fit_frontier([p for p in points if p.budget < BUDGETS[3]]), "3 budgets, expected 4"),
+        (lambda: fit_size_data([p for p in points if p.parameters < SIZES[2]]), "10 points of 2 sizes"),
+        (lambda: fit_frontier([dataclasses.replace(p, run="one") for p in line()]), "rests on 1 runs"),
+        (lambda: fit_size_data([*points, dataclasses.replace(points[0], value=math.nan)]), "the value nan"),
+        (
+            lambda: fit_size_data(
+                [dataclasses.replace(p, passport={"images": 64 if i else 32}) for i, p in enumerate(points)]
+            ),
+            r"mixed images: got 32 \(.*\), 64 \(.*\), expected one",
+        ),
+        (
+            lambda: hold_out([p for p in points if p.budget < BUDGETS[4]], "L(C)"),
+            "3 budgets",
+        ),
+    ):
+        with pytest.raises(ValueError, match=says):
+            refused()
+    small = [p for p in grid(sizes=SIZES[:3]) if p.budget > BUDGETS[2]]
+    flat = [dataclasses.replace(p, value=law(1e9, p.images)) for p in points]  # size does not matter
+    fit = fit_size_data(flat, 20)
+    assert "alpha" in fit.undetermined or "A" in fit.undetermined
+    with pytest.raises(ValueError, match=r"do not determine .* of L\(N, D\)"):
+        compute_optimal(fit, flat, 1e18)
+    with pytest.raises(ValueError, match="show no optimum"):
+        compute_optimal(fit_size_data(grid(sizes=SIZES[:3]), 20), small, 1e18)

@@ -1,0 +1,221 @@
+"""A study: its file, its plan, its runs from start through a signal to the end, and its report."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run_module
+from mlflow import MlflowClient
+from test_scaling import BUDGETS, grid
+
+from iddpm.config import UNetConfig
+from jobs import report, study
+from jobs.study import Plan, Study, count, execute, load_points, load_study
+from pipeline.config import TrainConfig, parse_train
+from pipeline.storage import Store
+from pipeline.tracking import read_journal
+
+TINY = {
+    "batch_size": 16,
+    "warmup_steps": 0,
+    "ema_rates": [0.5],
+    "log_every": 2,
+    "checkpoint_every": 4,
+    "sample_count": 4,
+    "sample_steps": 4,
+    "model": {"channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": []},
+    "diffusion": {"timesteps": 20},
+}
+
+
+def study_file(folder: Path, train: dict | None = None, **fields: object) -> Path:
+    content = {"name": "s", "values": [32, 64], "budgets": [1e10, 2e10], "nll_images": 4, "out": str(folder / "s")}
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content | fields | {"train": TINY | (train or {})}))
+    return path
+
+
+def test_the_runs_of_a_study_file(tmp_path: Path) -> None:
+    path = study_file(tmp_path, seeds=[2, 1], lr=1e-3)
+    runs = load_study(path).runs
+    assert [run.name for run in runs] == [
+        *("32-1e+10-0", "32-1e+10-1", "32-2e+10-0", "32-2e+10-1"),
+        *("64-1e+10-0", "64-2e+10-0"),
+    ]
+    assert len({run.config.seed for run in runs if run.value == "32"}) == 4  # budgets are independent
+    assert runs[-1].config.lr == pytest.approx(1e-3 / math.sqrt(64 / 128))
+    assert runs[-1].config.model == UNetConfig(8, 1, 64, (1,), 1, ())
+    long = load_study(study_file(tmp_path, separate=False)).runs
+    assert [(run.name, run.budgets) for run in long] == [("32-0", (1e10, 2e10)), ("64-0", (1e10, 2e10))]
+    wider = load_study(study_file(tmp_path, axis="model.channel_mult", values=["1", "1 2"])).runs
+    assert wider[-1].config.model.channel_mult == (1, 2)
+    assert wider[-1].name == "1x2-2e+10-0"
+    for run in (*runs, *wider):  # the command line says the same as the plan
+        assert parse_train(run.command(1e10)[3:])[0] == run.at(1e10)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"budgets": [2e10, 1e10]}, "expected one or more positive FLOPs, rising"),
+        ({"seeds": [1, 2, 3]}, "expected one number, or one for each of the values"),
+        ({"sizes": [1]}, "sizes"),
+        ({"train": {"lrr": 1}}, "lrr"),
+    ],
+)
+def test_a_wrong_study_file_is_one_clear_error(tmp_path: Path, capsys, fields: dict, says: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        _ = load_study(study_file(tmp_path, **fields)).runs
+    assert ended.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("channels", "parameters", "macs"),
+    [(64, 30_303_494, "10.04"), (96, 68_126_598, "22.43"), (128, 121_063_942, "39.74"), (192, 272_281_350, "89.09")],
+)
+def test_the_papers_sizes_are_counted_exactly(channels: int, parameters: int, macs: str) -> None:
+    cost = count(TrainConfig(model=UNetConfig(channels=channels)))
+    assert cost.parameters == parameters
+    assert f"{cost.forward / 2e9:.2f}" == macs
+    assert cost.train == 3 * cost.forward
+
+
+def test_a_plan_counts_and_warns(tmp_path: Path, capsys, digits: str) -> None:
+    path = study_file(tmp_path, {"warmup_steps": 5, "ema_rates": [0.99], "data": {"url": digits}}, budgets=[1e10])
+    study.plan(Plan(path, utilisation=0.5, price=2.0))
+    said = capsys.readouterr().out
+    cost = count(load_study(path).runs[0].config)
+    steps = math.ceil(1e10 / (16 * cost.train))
+    row = next(line.split() for line in said.splitlines() if line.startswith("32-"))
+    assert row[2] == f"{cost.parameters:,}"
+    assert row[6] == str(steps)
+    assert float(row[7]) == pytest.approx(steps * 16 / 1438, abs=0.01)
+    hours = steps * 16 * cost.train / (0.5 * 67e12) / 3600
+    assert float(row[-2]) == pytest.approx(hours, rel=0.01)
+    for warning in ("below one epoch", "warm-up of 5 steps", "average over 100 steps", "2 sizes", "1 budgets"):
+        assert warning in said
+    with pytest.raises(ValueError, match="expected one of a100"):
+        Plan(path, hardware="abacus")
+
+
+def test_commands_for_slurm_and_ray(tmp_path: Path, capsys, digits: str) -> None:
+    path = study_file(tmp_path, {"data": {"url": digits}, "tracking": {"uri": "http://127.0.0.1:1"}})
+    done = load_study(path)
+    done.store.write(done.runs[1].point(2e10), b"{}")
+    execute(study.Execute(path, launcher="slurm"))
+    said = capsys.readouterr().out
+    assert "warning: MLflow does not answer" in said
+    assert re.search(r"sbatch --array=0,2,3 .*--only '*\"*\$SLURM_ARRAY_TASK_ID", said)
+    execute(study.Execute(path, launcher="ray"))
+    assert capsys.readouterr().out.count("ray job submit") == 3
+    with pytest.raises(ValueError, match="expected 0 to 3"):
+        execute(study.Execute(path, only="9"))
+
+
+@pytest.mark.slow
+def test_a_study_interrupted_and_run_again(tmp_path: Path, digits: str, capsys) -> None:
+    """Each run stops within a step of its budget; a signal loses nothing; what is done is skipped."""
+    train = {"data": {"url": digits}}
+    path = study_file(tmp_path, train, budgets=[2e10], values=[32])
+    environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    command = [sys.executable, "-m", "jobs.study", "run", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+    only = tmp_path / "s" / "32-2e+10-0"
+    end = time.monotonic() + 120
+    while process.poll() is None and not any(r["kind"] == "metrics" for r in read_journal(only)):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said + (only / "log.txt").read_text()
+
+    run_module("jobs.study", "run", str(path), env=environment)
+    loaded = load_study(path)
+    (point,) = load_points(loaded)
+    step = 16 * count(loaded.runs[0].config).train
+    assert 2e10 <= point.flops < 2e10 + step
+    assert point.flops == point.images * step / 16
+    steps = [r["step"] for r in read_journal(only) if r["kind"] == "metrics"]
+    assert steps == sorted(set(steps))
+    assert sum(r["kind"] == "evaluation" for r in read_journal(only)) == 1
+
+    client = MlflowClient(environment["MLFLOW_TRACKING_URI"])
+    runs = client.search_runs([client.get_experiment_by_name("s").experiment_id])
+    parent = next(run for run in runs if run.data.tags["iddpm.uid"] == loaded.parent)
+    (child,) = [run for run in runs if run is not parent]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.metrics["eval/nll"] == pytest.approx(point.value)
+    assert child.data.metrics["compute/train_flops"] == point.flops
+
+    capsys.readouterr()
+    assert execute(study.Execute(path)) == 0
+    study.status(study.Status(path))
+    said = capsys.readouterr().out
+    assert "1 of 1 runs are done" in said
+    assert f"{point.value:.4f}" in said
+    with pytest.raises(ValueError, match="--lr"):
+        execute(study.Execute(study_file(tmp_path, train, budgets=[2e10], values=[32], lr=3e-4), only="0"))
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Study:
+    """A study whose points follow a known law."""
+    points = grid(0.01)
+    sizes = sorted({p.parameters for p in points})
+    loaded = load_study(
+        study_file(
+            tmp_path, {"tracking": {"uri": "none"}}, values=[32, 64, 96, 128, 160], budgets=[float(b) for b in BUDGETS]
+        )
+    )
+    for run in loaded.runs:
+        size = sizes[loaded.values.index(run.value)]
+        point = next(p for p in points if p.parameters == size and p.budget == run.budgets[0])
+        content = {**vars(point), "run": run.name, "passport": {"metric": "nll", "images": 64}}
+        loaded.store.write(run.point(run.budgets[0]), json.dumps(content).encode())
+    return loaded
+
+
+def test_a_report(measured: Study, tmp_path: Path, capsys) -> None:
+    report.report(measured, load_points(measured), str(tmp_path / "r"))
+    said = capsys.readouterr().out
+    assert "alpha" in said
+    assert re.search(r"L\(N, D\) .* FLOPs: predicted .* measured .*: (inside|OUTSIDE)", said)
+    assert "compute-optimal at 1e+17" in said
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert {p.name for p in (tmp_path / "r").glob("*.png")} == {
+        f"{name}.png" for name in ("frontier", "isoflop", "residuals", "papers")
+    }
+    assert page.count("data:image/png;base64,") == 4
+    assert 'src="http' not in page
+    fits = json.loads((tmp_path / "r" / "fit.json").read_text())
+    value, low, high = fits["fits"]["L(N, D)"]["alpha"]
+    assert low < value < high
+
+
+def test_a_report_says_what_it_refuses(measured: Study) -> None:
+    few = [p for p in load_points(measured) if p.budget < BUDGETS[2] and p.parameters < 1e7]
+    findings = report.Findings(few)
+    assert not findings.fits
+    assert "expected 4 or more" in findings.refused["L(C)"]
+    assert "refused: L(C)" in findings.text()
+    assert set(report.figures(findings)) == {"frontier", "isoflop"}
+    with pytest.raises(ValueError, match="no measured points"):
+        report.Findings([])
+
+
+def test_a_changed_passport_is_refused(measured: Study) -> None:
+    name = measured.runs[0].point(measured.runs[0].budgets[0])
+    store = Store(measured.out)
+    content = json.loads(store.read(name))
+    store.write(name, json.dumps(content | {"passport": {"metric": "nll", "images": 32}}).encode())
+    with pytest.raises(ValueError, match="mixed images"):
+        report.Findings(load_points(measured))
