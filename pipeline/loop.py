@@ -24,7 +24,7 @@ from pipeline.checkpoint import Checkpoints, Parts, Record, Writer
 from pipeline.config import TrainConfig, check_same_run, horizon_steps, record
 from pipeline.data import Batch, Cache, ShardIndex, epoch_digests, expected_digest, load_index, stream
 from pipeline.hardware import device_name, peak_flops
-from pipeline.sample import autocast, build_model, draw, ema_part, grid_png, with_weights
+from pipeline.sample import Recipe, autocast, build_model, draw, ema_part, grid_png, with_weights
 from pipeline.storage import Store
 from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir
 from pipeline.world import World
@@ -453,18 +453,13 @@ def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: Wo
     """A grid of samples by the first moving average."""
     config = state.config
     state.model.eval()
-    with autocast(world.device, config.precision):
-        images = draw(
-            with_weights(state.model, state.ema.weights(config.ema_rates[0])),
-            config.diffusion,
-            (config.model.in_channels, config.model.image_size, config.model.image_size),
-            count=config.sample_count,
-            steps=config.sample_steps,
-            seed=config.seed,
-            world=world,
-            num_classes=config.model.num_classes,
-            dtype=torch.float64 if config.precision == "fp64" else torch.float32,
-        )
+    images = draw(
+        with_weights(state.model, state.ema.weights(config.ema_rates[0])),
+        config,
+        Recipe("ancestral", config.sample_steps, 0.0, config.seed),
+        config.sample_count,
+        world,
+    )
     state.model.train()
     if tracker and images is not None:
         png = grid_png(images)
