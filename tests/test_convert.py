@@ -57,7 +57,11 @@ def test_another_models_weights_are_refused_and_leave_nothing(digits: str, tmp_p
 
 @pytest.mark.parametrize(
     ("preset", "file"),
-    [("imagenet64", "imagenet64_uncond_100M_1500K"), ("cifar10", "cifar10_uncond_50M_500K")],
+    [
+        ("imagenet64", "imagenet64_uncond_100M_1500K"),
+        ("imagenet64-cond", "imagenet64_cond_270M_250K"),
+        ("cifar10", "cifar10_uncond_50M_500K"),
+    ],
 )
 def test_the_presets_are_the_published_models(preset: str, file: str, tmp_path: Path) -> None:
     """By every name and shape, in a file of views of one number, which is small."""

@@ -175,7 +175,7 @@ def test_other_weights_than_inceptions_are_refused(tmp_path: Path) -> None:
 
 def test_weights_that_are_not_there_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(ValueError, match="--inception PATH_OR_URL, allow --download.*--features trained"):
+    with pytest.raises(ValueError, match=r"--inception PATH_OR_URL, allow --download.*--features trained"):
         inception_features(None, False, StorageConfig(), CPU)
     # Nothing listens there: what a machine without a network sees.
     monkeypatch.setattr(metrics, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
@@ -184,7 +184,7 @@ def test_weights_that_are_not_there_are_asked_for(tmp_path: Path, monkeypatch: p
 
 
 def test_a_network_of_no_such_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected one of inception, trained, .*dinov2"):
+    with pytest.raises(ValueError, match=r"expected one of inception, trained, .*dinov2"):
         torch_fidelity_features("nonsense", None, CPU)
 
 
