@@ -50,7 +50,8 @@ def main() -> None:
     exact = (twice[0] + twice[1]) / 2
     exact_error = (twice[0] - twice[1]).std() / 2 / math.sqrt(population)
     print(
-        f"exact: {exact.mean():.4f} +- {exact_error:.4f} (noise) bits/dim over {population} images, sd {exact.std():.3f}"
+        f"exact: {exact.mean():.4f} +- {exact_error:.4f} (noise) bits/dim over {population} images,"
+        f" sd {exact.std():.3f}"
     )
     print(f"  {2 * population * steps:,} network evaluations ({time.perf_counter() - start:.0f} s)")
 
@@ -78,10 +79,12 @@ def main() -> None:
     gap = torch.stack(gaps)
     gap_error = math.hypot(gap.std() / math.sqrt(options.seeds), exact_error)
     print(
-        f"  mean over seeds {mean.mean():.4f} +- {spread:.4f}: {(mean.mean() - exact.mean()) / spread:+.2f} standard errors"
+        f"  mean over seeds {mean.mean():.4f} +- {spread:.4f}, {(mean.mean() - exact.mean()) / spread:+.2f} standard"
+        " errors from exact"
     )
     print(
-        f"  on the same images {gap.mean():+.4f} +- {gap_error:.4f} from exact: {gap.mean() / gap_error:+.2f} standard errors"
+        f"  minus exact on the very images drawn {gap.mean():+.4f} +- {gap_error:.4f},"
+        f" {gap.mean() / gap_error:+.2f} standard errors"
     )
     covered = ((mean - exact.mean()).abs() <= NORMAL_95 * error).double().mean()
     print(f"  the 95 % interval covers the exact value in {covered:.1%} of seeds")

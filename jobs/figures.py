@@ -73,7 +73,10 @@ class Bench:
         self._quality: tuple[Features, Reference] | None = None
 
     def load(self, run: str, step: int | None = None) -> Trained:
-        return load_trained(run, self.config.storage, self.world.device, step=step)
+        trained = load_trained(run, self.config.storage, self.world.device, step=step)
+        if trained.config.model.num_classes is not None:
+            raise ValueError(f"{run}: is class-conditional; the figures are of unconditional models")
+        return trained
 
     def read(self, count: int) -> Tensor:
         """Validation images in [-1, 1], [n, C, H, W]."""
@@ -111,7 +114,7 @@ def variances() -> tuple[Rows, Callable[[Any], None]]:
     rows = []
     for steps in (100, 1000, 4000):
         d = Diffusion(DiffusionConfig(timesteps=steps, schedule="linear"))
-        for t in range(1, steps, max(1, steps // 500)):
+        for t in sorted({round(steps ** (i / 300)) for i in range(300)}):
             ratio = float(d.posterior_variance[t] / d.betas[t])
             rows.append({"T": steps, "t_over_T": t / steps, "ratio": ratio})
 
@@ -370,7 +373,7 @@ def save(folder: Path, name: str, title: str, rows: Rows, draw: Callable[[Any], 
     figure, axis = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
     draw(axis)
     axis.set_title(title, fontsize=10)
-    figure.savefig(folder / f"{name}.png", dpi=150)
+    figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
     pyplot.close(figure)
     print(f"{folder / name}.png and .csv", flush=True)
 
