@@ -1,6 +1,7 @@
 """Gaussian diffusion: the forward process q, the learned reverse process p, and the training losses."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple, Protocol
 
 import torch
@@ -65,23 +66,48 @@ class Diffusion:
         self.config = config
         self.num_timesteps = len(kept)
         self.timestep_map = torch.tensor(kept, device=device)
-        self.betas = betas.to(device)
-        self.log_betas = betas.log().to(device)
         alphas_cumprod = (1 - betas).cumprod(0)
         alphas_cumprod_prev = torch.cat([one, alphas_cumprod[:-1]])
-        self.alphas_cumprod = alphas_cumprod.to(device)
-        self.alphas_cumprod_prev = alphas_cumprod_prev.to(device)
         self.alphas_cumprod_next = torch.cat([alphas_cumprod[1:], zero]).to(device)
+        self._set_tables(betas.to(device), alphas_cumprod.to(device), alphas_cumprod_prev.to(device))
 
+    def _set_tables(
+        self, betas: Tensor, alphas_cumprod: Tensor, alphas_cumprod_prev: Tensor, stand_in: Tensor | None = None
+    ) -> None:
+        """All float64 [K]. `stand_in`: the variance where the posterior's is 0; default: that of t = 1."""
+        self.betas = betas
+        self.log_betas = betas.log()
+        self.alphas_cumprod = alphas_cumprod
+        self.alphas_cumprod_prev = alphas_cumprod_prev
         # q(x_{t-1} | x_t, x_0): DDPM equations 6 and 7.
-        posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
-        self.posterior_variance = posterior_variance.to(device)
-        self.posterior_mean_coef1 = (betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)).to(device)
-        self.posterior_mean_coef2 = ((1 - alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - alphas_cumprod)).to(device)
+        self.posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+        self.posterior_mean_coef1 = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
+        self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - alphas_cumprod)
         # At t = 0 the posterior's variance is 0 and has no log; the one of t = 1 stands in.
-        first = posterior_variance[1:2] if self.num_timesteps > 1 else betas
-        self.posterior_log_variance_clipped = torch.cat([first, posterior_variance[1:]]).log().to(device)
-        self.fixed_large_variance = torch.cat([first, betas[1:]]).to(device)
+        if stand_in is None:
+            stand_in = self.posterior_variance[1:2] if len(betas) > 1 else betas
+        exact = alphas_cumprod_prev == 1
+        self.posterior_log_variance_clipped = torch.where(exact, stand_in, self.posterior_variance).log()
+        self.fixed_large_variance = torch.where(exact, stand_in, betas)
+
+    def jumps_from(self, t: int) -> "Diffusion":
+        """A process of t timesteps, whose timestep s takes x_t straight to x_s: a step of any chain with both.
+
+        What the network gives for x_t serves all of them.
+        """
+        process = copy(self)
+        process.timestep_map = self.timestep_map[t].expand(t)
+        now, then = self.alphas_cumprod[t].expand(t), self.alphas_cumprod[:t]
+        process._set_tables(1 - now / then, now, then)
+        return process
+
+    def landings_before(self, t: int) -> "Diffusion":
+        """A process of t timesteps, whose timestep s takes x_s straight to x_0, in a chain that starts 0, s, t."""
+        process = copy(self)
+        process.timestep_map = self.timestep_map[:t]
+        bar = self.alphas_cumprod[:t]
+        process._set_tables(1 - bar, bar, torch.ones_like(bar), self.jumps_from(t).posterior_variance)
+        return process
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> Gaussian:
         """q(x_t | x_0): DDPM equation 4."""
@@ -114,7 +140,7 @@ class Diffusion:
         self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None = None, clip_denoised: bool = True
     ) -> Prediction:
         """p(x_{t-1} | x_t) by the network; clip_denoised keeps the predicted x_start in [-1, 1]."""
-        return self._prediction(self._output(model, x_t, t, y), x_t, t, clip_denoised)
+        return self.prediction(self.output(model, x_t, t, y), x_t, t, clip_denoised)
 
     def training_losses(
         self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None
@@ -122,11 +148,11 @@ class Diffusion:
         """The configured loss of each example at its timestep t, for standard normal `noise` [N, C, H, W]."""
         config = self.config
         x_t = self.q_sample(x_start, t, noise)
-        output = self._output(model, x_t, t, y)
+        output = self.output(model, x_t, t, y)
         posterior = self.q_posterior_mean_variance(x_start, x_t, t)
 
         def vlb(output: Tensor) -> Tensor:
-            p = self._prediction(output, x_t, t, clip_denoised=False)
+            p = self.prediction(output, x_t, t, clip_denoised=False)
             return vlb_bits(x_start, t, posterior.mean, posterior.log_variance, p.mean, p.log_variance)
 
         if config.loss in ("kl", "rescaled_kl"):
@@ -146,7 +172,8 @@ class Diffusion:
         vb = scale * vlb(torch.cat([mean.detach(), variance], dim=1))
         return Losses(mse + vb, mse, vb)
 
-    def _output(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+    def output(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """What the network gives for x_t, in the dtype of x_t."""
         told = self.timestep_map[t].float()
         if self.config.rescale_timesteps:
             told = told * (1000 / self.config.timesteps)
@@ -155,7 +182,8 @@ class Diffusion:
         assert output.shape[1] == expected, f"model gave {output.shape[1]} channels, expected {expected}"
         return output
 
-    def _prediction(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool) -> Prediction:
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool) -> Prediction:
+        """What the network's output says of p(x_{t-1} | x_t)."""
         config = self.config
         smallest, largest = at(self.posterior_log_variance_clipped, t, x_t), at(self.log_betas, t, x_t)
         if config.variance == "fixed_small":

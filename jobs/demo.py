@@ -30,7 +30,7 @@ def main() -> None:
 
     print("\n3. Exact bits/dim of the moving average on validation images, as training went on", flush=True)
     for step in STEPS:
-        run("pipeline.evaluate", RUN, "--step", str(step), "--images", str(IMAGES))
+        run("pipeline.evaluate", RUN, "--exact", "--step", str(step), "--images", str(IMAGES))
 
     print("\n4. Pictures", flush=True)
     run("pipeline.sample", RUN, "--out", f"{RUN}/grid.png", "--steps", "250")

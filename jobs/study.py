@@ -427,6 +427,8 @@ class Children:
 def measure(study: Study, run: Run, budget: float) -> None:
     """Write the point of a run that has reached its budget: to the study's store, the journal and MLflow."""
     from iddpm.flops import count_parameters, train_flops
+    from pipeline.evaluate import EvaluateConfig
+    from pipeline.evaluate import measure as evaluate
     from pipeline.sample import load_trained
     from pipeline.world import World, pick_device
 
@@ -436,13 +438,15 @@ def measure(study: Study, run: Run, budget: float) -> None:
     channels = config.diffusion.out_channels(config.model.in_channels)
     parameters = count_parameters(config.model, channels)
     flops = float(trained.meta["images"] * train_flops(config.model, channels))
-    value, error, passport = nll(trained, study.nll_images, world)
-    passport |= {"train_data": trained.meta["dataset_digest"], "batch_size": config.batch_size}
-    passport |= {"diffusion": asdict(config.diffusion), "ema": trained.ema_rate}
+    options = EvaluateConfig(config.out, images=study.nll_images, exact=True, storage=config.storage)
+    (nll,) = evaluate([trained], options, world, keep=False)
+    assert nll.standard_error is not None, "two images or more"
+    passport = nll.passport | {"train_data": trained.meta["dataset_digest"], "batch_size": config.batch_size}
+    passport |= {"diffusion": asdict(config.diffusion), "precision": config.precision}
     metrics = {  # training has logged the compute of this step already
-        "eval/nll": value,
-        "eval/nll_standard_error": error,
-        "eval/log10_nll": math.log10(value),
+        "eval/nll": nll.value,
+        "eval/nll_se": nll.standard_error,
+        "eval/log10_nll": math.log10(nll.value),
         "compute/parameters": float(parameters),
         "compute/log10_parameters": math.log10(parameters),
     }
@@ -454,38 +458,13 @@ def measure(study: Study, run: Run, budget: float) -> None:
         run_config=record(run.at(budget)),
         dataset={"url": config.data.url, "name": "", "digest": trained.meta["dataset_digest"]},
     )
-    tracker.evaluation(trained.step, metrics)
+    tracker.evaluation(trained.step, metrics, {"eval/nll": passport})
     tracker.close("FINISHED")
     point = {"run": run.name, "parameters": parameters, "images": trained.meta["images"], "flops": flops}
-    point |= {"budget": budget, "value": value, "error": error, "passport": passport, "config": trained.meta["config"]}
+    point |= {"budget": budget, "value": nll.value, "error": nll.standard_error, "passport": passport}
+    point |= {"config": trained.meta["config"]}
     study.store.write(run.point(budget), json.dumps(point, indent=1).encode())
-    print(f"{run.name}: {flops:.4e} FLOPs, {value:.4f} +- {error:.4f} bits/dim", flush=True)
-
-
-def nll(trained: Any, images: int, world: Any) -> tuple[float, float, dict[str, Any]]:
-    """Bits/dim of the first validation images, its standard error, and all that another value must share with it."""
-    from iddpm.diffusion import Diffusion
-    from pipeline.data import load_index, samples
-    from pipeline.evaluate import exact_nll
-    from pipeline.hardware import DTYPES
-    from pipeline.sample import autocast
-
-    run = trained.config
-    store = Store(run.data.url, run.storage)
-    index = load_index(store, "val")
-    x, labels = samples(store, index, range(min(images, index.num_samples)))
-    with autocast(world.device, run.precision):
-        found = exact_nll(
-            trained.model,
-            Diffusion(run.diffusion, device=world.device),
-            x,
-            labels if run.model.num_classes is not None else None,
-            world,
-            dtype=DTYPES["fp64" if run.precision == "fp64" else "fp32"],
-        )
-    assert found, "this is rank 0"
-    passport = {"metric": "nll", "bound": f"exact, T = {run.diffusion.timesteps}", "images": len(x), "seed": 0}
-    return found.mean, found.standard_error, passport | {"data": index.digest, "precision": run.precision}
+    print(f"{run.name}: {flops:.4e} FLOPs, {nll.value:.4f} +- {nll.standard_error:.4f} bits/dim", flush=True)
 
 
 # ------------------------------------------------------------------------------------ status, fit

@@ -117,6 +117,12 @@ class TrainConfig:
     """Images in a sample grid."""
     sample_steps: int = 100
     """Steps of the strided ancestral chain that draws the grid."""
+    eval_every: int = 0
+    """Steps between evaluations of the first moving average; 0 for none."""
+    eval_metrics: str = "nll"
+    """What they measure, as `python -m pipeline.evaluate --metrics`; fid and its kin with `--features trained`."""
+    eval_images: int = 256
+    """Validation images for nll, and images drawn for the others."""
     model: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -127,8 +133,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         parse_horizon(self.horizon)
         _positive(self, "", "batch_size", "lr", "log_every", "checkpoint_every", "keep_last", "sample_count")
+        _positive(self, "", "eval_images")
         _positive(self, "", *(name for name in ("microbatch", "keep_every") if getattr(self, name) is not None))
-        for name in ("weight_decay", "warmup_steps", "sample_every", "seed"):
+        for name in ("weight_decay", "warmup_steps", "sample_every", "eval_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{_flag(name)}: got {getattr(self, name)}, expected 0 or more")
         if not self.ema_rates or any(not 0 <= rate < 1 for rate in self.ema_rates):
@@ -270,7 +277,7 @@ def _positive(config: object, prefix: str, *names: str) -> None:
 _UNRECORDED = ("storage", "launch", "tracking")
 _MAY_CHANGE = {
     *("out", "horizon", "microbatch", "log_every", "checkpoint_every", "keep_last", "keep_every"),
-    *("sample_every", "sample_count", "sample_steps"),
+    *("sample_every", "sample_count", "sample_steps", "eval_every", "eval_metrics", "eval_images"),
     *("data.url", "data.workers", "data.cache_dir", "data.cache_gb"),
 }
 

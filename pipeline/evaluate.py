@@ -1,176 +1,317 @@
-"""Measure a trained model: `python -m pipeline.evaluate RUN` prints exact bits/dim on the validation shards."""
+"""Measure a trained model: `python -m pipeline.evaluate RUN --metrics nll,fid`."""
 
 import csv
 import io
-import math
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Literal
 
-import torch
 import tyro
-from torch import Tensor
-from tqdm import tqdm
 
-from iddpm.diffusion import Diffusion, Model
-from iddpm.likelihood import exact_bpd
-from iddpm.noise import normal, stream_key
-from pipeline.config import LaunchConfig, parse_flags
-from pipeline.data import load_index, samples
-from pipeline.hardware import DTYPES
-from pipeline.sample import autocast, load_trained
+from pipeline.config import LaunchConfig, TrackingConfig, TrainConfig, parse_flags, record
+from pipeline.data import Cache, Reader, ShardIndex, load_index
+from pipeline.metrics import (
+    METRICS,
+    Features,
+    dataset_reference,
+    image_metrics,
+    inception_features,
+    npz_reference,
+    torch_fidelity_features,
+    trained_features,
+)
+from pipeline.nll import Nll, NllPlan, measure_nll
+from pipeline.passport import Measured
+from pipeline.sample import Recipe, Trained, draw_batches, image_shape, load_trained, write_out
 from pipeline.storage import StorageConfig, Store
+from pipeline.tracking import JOURNAL, Tracker, fetch_journal, journal_dir, read_journal
 from pipeline.world import World
 
 
 @dataclass(frozen=True)
-class Nll:
-    """Bits/dim of N images, with what they are made of."""
-
-    total: Tensor
-    """[N]: the variational bound of each image."""
-    prior: Tensor
-    """[N]"""
-    vb: Tensor
-    """[T]: the mean term of each timestep; the first is the decoder's."""
-    mse: Tensor
-    """[T]: the mean squared error of the predicted noise at each timestep."""
-
-    @property
-    def mean(self) -> float:
-        return self.total.mean().item()
-
-    @property
-    def standard_error(self) -> float:
-        """Of the mean, by the spread over images."""
-        return self.total.std().item() / math.sqrt(len(self.total)) if len(self.total) > 1 else math.nan
-
-
-def exact_nll(
-    model: Model,
-    diffusion: Diffusion,
-    images: Tensor,
-    labels: Tensor | None,
-    world: World,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    images_per_call: int = 16,
-    timesteps_per_call: int = 32,
-    progress: bool = False,
-) -> Nll | None:
-    """The bound with all its T terms for uint8 images [N, C, H, W], shared out over the ranks; None on ranks above 0.
-
-    The noise of image i at timestep t depends on (seed, i, t) alone: any world gives the same numbers.
-    """
-    lo, hi = world.share(len(images))
-    parts = []
-    bar = tqdm(total=hi - lo, unit="image", desc="bits/dim", disable=not progress or world.rank != 0)
-    for start in range(lo, hi, images_per_call):
-        index = torch.arange(start, min(start + images_per_call, hi))
-        x = images[index].to(world.device).to(dtype) / 127.5 - 1
-        y = labels[index].to(world.device) if labels is not None else None
-
-        def noise(t: int, index: Tensor = index, x: Tensor = x) -> Tensor:
-            key = stream_key(seed, "bpd", t)
-            return normal(key, index.to(x.device), x.shape[1:]).to(x.dtype)
-
-        with torch.no_grad():
-            found = exact_bpd(diffusion, model, x, noise, y, timesteps_per_call=timesteps_per_call)
-        parts.append([part.double().cpu() for part in (found.total, found.prior, found.vb, found.mse)])
-        bar.update(len(index))
-    bar.close()
-    gathered = [part for share in world.gather(parts) for part in share]
-    if world.rank != 0:
-        return None
-    total, prior, vb, mse = (torch.cat(column) for column in zip(*gathered, strict=True))
-    return Nll(total, prior, vb.mean(0), mse.mean(0))
-
-
-@dataclass(frozen=True)
 class EvaluateConfig:
-    """Exact bits/dim of a trained model on its validation shards, with the terms of the bound by timestep."""
+    """Measure a trained model; each value goes to the terminal, the run's journal and its run in MLflow.
+
+    nll: bits/dim of validation images, estimated without bias from draws + 1 network evaluations an image. fid, is,
+    kid, precision, recall: of images drawn, against the training images. Each is printed with what it depends on.
+    """
 
     run: tyro.conf.Positional[str]
     """The run: the --out of its training, a folder or URL."""
-    images: int | None = 64
-    """How many validation images, from the first on; 'None' for all. The cost is T network evaluations an image."""
-    split: str = "val"
-    """Which shards."""
-    data: str | None = None
-    """Folder or URL of the shards; default: where the run was trained from."""
+    metrics: str = "nll"
+    """Which, with commas between them: nll, fid, is, kid, precision, recall."""
     seed: int = 0
-    """Seed of the noise."""
+    """Seed of the choice of images, of timesteps and noise, and of the images drawn."""
     ema_rate: float | None = None
     """Which moving average of the weights; default: the run's first; 0: the weights themselves."""
     step: int | None = None
     """The checkpoint of this training step; default: the newest."""
+    data: str | None = None
+    """Folder or URL of the shards; default: where the run was trained from."""
+
+    images: int = 1024
+    """nll: images of the split at most, chosen at random."""
+    split: str = "val"
+    """nll: which shards."""
+    exact: bool = False
+    """nll: sum up all T terms of the bound, T network evaluations an image, instead of sampling them."""
+    draws: int = 16
+    """nll: timesteps drawn for each image."""
+    target_se: float | None = None
+    """nll: stop once the standard error (with --against, of the difference) is this small, in bits/dim."""
+    chain: str | None = None
+    """nll: the bound of a chain of so many evenly spaced steps, as in 25; best25: of the best 25, by dynamic
+    programming. Another quantity, nll_strided25 or nll_best25."""
+    against: str | None = None
+    """nll: compare with this run (the newest checkpoint, or --against-step) on the same images, timesteps and noise."""
+    against_step: int | None = None
+    """nll: the step of the checkpoint to compare with; without --against, of the same run."""
     images_per_call: int = 16
-    """Images in one forward pass, each at `timesteps_per_call` timesteps."""
+    """nll: images in one forward pass, each at draws + 1 timesteps, or with --exact at `timesteps_per_call`."""
     timesteps_per_call: int = 32
-    """Timesteps of each image in one forward pass."""
+    """nll: timesteps of each image in one forward pass with --exact."""
     out: str | None = None
-    """Write the terms by timestep to this CSV file too."""
+    """nll: with --exact or --chain, write the terms by timestep to this CSV file."""
+
+    samples: int = 10_000
+    """fid and the others: images to draw. Values of different numbers of images do not compare; the paper has 50,000.
+    """
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    """fid and the others: IDDPM's own sampler, or DDIM's."""
+    steps: int | None = None
+    """fid and the others: steps of the strided chain; default: the run's --sample-steps."""
+    eta: float = 0.0
+    """fid and the others: DDIM's noise, 0 to 1."""
+    batch_size: int = 64
+    """fid and the others: images drawn at a time."""
+    features: str = "inception"
+    """fid and the others: inception; `trained`, a small network trained on the data's labels, whose metrics are named
+    by the data (fd_digits); or one of torch-fidelity's, by its name."""
+    inception: str | None = None
+    """fid and the others: path or URL of torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
+    download: bool = False
+    """fid and the others: allow to fetch those weights from their publisher."""
+    reference: str | None = None
+    """fid and the others: reference batch of the guided-diffusion evaluator (.npz) instead of the training images."""
+    neighbours: int = 3
+    """precision and recall: k. The paper has 5."""
+
     storage: StorageConfig = field(default_factory=StorageConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        for name in ("images", "images_per_call", "timesteps_per_call"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected 1 or more")
+        for name in ("images", "images_per_call", "timesteps_per_call", "samples", "batch_size", "neighbours"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected 1 or more")
+        check_metrics(self.metrics, "--metrics")
+        if self.out and not (self.exact or self.chain):
+            raise ValueError("--out: writes the terms by timestep, which only --exact and --chain know")
+        self.plan  # noqa: B018  # raises what is wrong with it
+
+    @property
+    def plan(self) -> NllPlan:
+        return NllPlan(
+            self.images,
+            self.seed,
+            self.exact,
+            self.draws,
+            self.target_se,
+            self.chain,
+            self.images_per_call,
+            self.timesteps_per_call,
+        )
+
+
+def check_metrics(text: str, flag: str) -> list[str]:
+    """The names in a list with commas; ValueError for one that is none."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or set(names) - {"nll", *METRICS}:
+        raise ValueError(f"{flag}: got {text!r}, expected some of nll, {', '.join(METRICS)}, with commas")
+    return names
 
 
 def main(config: EvaluateConfig, world: World) -> None:
-    trained = load_trained(config.run, config.storage, world.device, config.ema_rate, config.step)
-    run = trained.config
-    store = Store(config.data or run.data.url, config.storage)
-    index = load_index(store, config.split)
-    expected = (run.model.in_channels, run.model.image_size, run.model.image_size)
-    if index.shape != expected:
-        raise ValueError(f"{store.url}: its images are {index.shape} (channels, height, width), the run's {expected}")
-    n = min(config.images or index.num_samples, index.num_samples)
-    images, labels = samples(store, index, range(n))
-    with autocast(world.device, run.precision):
-        nll = exact_nll(
-            trained.model,
-            Diffusion(run.diffusion, device=world.device),
-            images,
-            labels if run.model.num_classes is not None else None,
-            world,
-            seed=config.seed,
-            dtype=DTYPES["fp64" if run.precision == "fp64" else "fp32"],
-            images_per_call=config.images_per_call,
-            timesteps_per_call=config.timesteps_per_call,
-            progress=True,
-        )
-    if nll is None:
+    models = [load_trained(config.run, config.storage, world.device, config.ema_rate, config.step)]
+    if config.against or config.against_step is not None:
+        other = config.against or config.run
+        models.append(load_trained(other, config.storage, world.device, config.ema_rate, config.against_step))
+    found = measure(models, config, world, keep=True)
+    if world.rank != 0:
         return
-    print(report(nll))
-    print(f"(step {trained.step}, EMA {trained.ema_rate:g}, {n} images of {config.split!r}, seed {config.seed})")
+    for value in found:
+        print(value)
+    own = [value for value in found if not value.name.endswith("_difference")]
+    _track(models[0], own, config)
+
+
+def measure(models: Sequence[Trained], config: EvaluateConfig, world: World, keep: bool) -> list[Measured]:
+    """The values, on rank 0; the others get none. With `keep`, partial results go to the run's store."""
+    trained, wanted = models[0], check_metrics(config.metrics, "--metrics")
+    run = trained.config
+    data = Store(config.data or run.data.url, config.storage)
+    cache = Cache(run.data.cache_dir, int(run.data.cache_gb * 1e9))
+    found: list[Measured] = []
+    if "nll" in wanted:
+        found += _nll(models, config, data, cache, world, keep)
+    if set(wanted) & set(METRICS):
+        found += _image_metrics(trained, config, data, cache, world, wanted)
+    return found if world.rank == 0 else []
+
+
+def _nll(
+    models: Sequence[Trained], config: EvaluateConfig, data: Store, cache: Cache, world: World, keep: bool
+) -> list[Measured]:
+    index = _index(data, config.split, [model.config for model in models])
+    plan = config.plan
+    reader = Reader(data, index, cache)
+    with closing(reader):
+        nll = measure_nll(
+            models,
+            plan,
+            reader.read,
+            index.num_samples,
+            world,
+            store=Store(config.run, config.storage) if keep else None,
+            identity=[index.digest, [[m.meta.get("uid"), m.step, m.ema_rate] for m in models]],
+            progress=keep and world.rank == 0,
+        )
+    if world.rank != 0:
+        return []
+    shared = {"n": nll.total.shape[1], "split": config.split, "data": index.digest[:16], "seed": config.seed}
+    found = []
+    for i, model in enumerate(models):
+        passport = {**shared, "estimator": plan.estimator, "T": model.config.diffusion.timesteps, "ema": model.ema_rate}
+        found.append(Measured(plan.name, nll.mean(i), model.step, passport, nll.standard_error(i)))
+    if keep:
+        print(report(nll))
+    if len(models) > 1:
+        value, error = nll.difference
+        found.append(Measured(f"{plan.name}_difference", value, models[0].step, found[0].passport, error))
+        verdict = "lower" if value < 0 else "higher"
+        clear = abs(value) > found[-1].standard_error * 1.96 if found[-1].standard_error else False
+        print(f"the first is {verdict}, {'clearly' if clear else 'but not significantly'} (95 %)")
     if config.out:
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["timestep", "vb_bits_per_dim", "eps_mse"])
-        writer.writerows(zip(range(len(nll.vb)), nll.vb.tolist(), nll.mse.tolist(), strict=True))
-        folder, _, name = config.out.rpartition("/")
-        Store(folder or ".", config.storage).write(name, table.getvalue().encode())
+        write_out(config.out, _terms_csv(nll), config.storage)
+    return found
+
+
+def _image_metrics(
+    trained: Trained, config: EvaluateConfig, data: Store, cache: Cache, world: World, wanted: Sequence[str]
+) -> list[Measured]:
+    run = trained.config
+    recipe = Recipe(config.sampler, config.steps or run.sample_steps, config.eta, config.seed)
+    recipe.chain(run.diffusion, world.device)  # raises what is wrong with it, before anything takes long
+    index = _index(data, "train", [run])
+    features = _features(config, data, index, world)
+    if config.reference:
+        reference = npz_reference(config.reference, config.storage, features, world)
+    else:
+        reference = dataset_reference(data, index, features, world, cache)
+    lo, hi = world.share(config.samples)
+    batches = draw_batches(
+        trained.model,
+        run,
+        recipe,
+        lo,
+        hi,
+        device=world.device,
+        batch_size=config.batch_size,
+        progress=world.rank == 0,
+    )
+    values = image_metrics(batches, config.samples, reference, features, world, wanted, config.neighbours)
+    passport = {
+        "n": config.samples,
+        "ema": trained.ema_rate,
+        **asdict(recipe),
+        "features": features.digest,
+        "reference": reference.digest,
+    }
+    return [
+        Measured(features.metric(name), value, trained.step, passport | more) for name, (value, more) in values.items()
+    ]
+
+
+def _features(config: EvaluateConfig, data: Store, index: ShardIndex, world: World) -> Features:
+    if config.features == "inception":
+        return inception_features(config.inception, config.download, config.storage, world.device)
+    if config.features == "trained":
+        return trained_features(data, index, world)
+    return torch_fidelity_features(config.features, None, world.device)
+
+
+def _index(data: Store, split: str, runs: Sequence[TrainConfig]) -> ShardIndex:
+    index = load_index(data, split)
+    for run in runs:
+        expected = image_shape(run)
+        if index.shape != expected:
+            raise ValueError(f"{data}: its images are {index.shape} (channels, height, width), the run's {expected}")
+    return index
+
+
+def _track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) -> None:
+    """To the journal of the run, and by it to MLflow; the run keeps the status that it has there."""
+    run, folder = Store(config.run, config.storage), journal_dir(config.run)
+    if run.local is None:
+        fetch_journal(run, folder)
+    meta, recorded = trained.meta, record(trained.config)
+    statuses = [r["status"] for r in read_journal(folder) if r["kind"] == "status"]
+    tracker = Tracker(
+        folder,
+        config.tracking,
+        uid=meta["uid"],
+        name=config.tracking.name or config.run.rstrip("/").rsplit("/", 1)[-1],
+        run_config=recorded,
+        dataset={"url": trained.config.data.url, "name": "", "digest": str(meta["dataset_digest"])},
+    )
+    log_measured(tracker, trained.step, found)
+    tracker.close(statuses[-1] if statuses else "FINISHED")
+    if run.local is None:
+        run.write(JOURNAL, tracker.path.read_bytes())
+
+
+def log_measured(tracker: Tracker, step: int, found: Sequence[Measured]) -> None:
+    """`eval/NAME`, with `eval/NAME_se` where there is a standard error."""
+    values: dict[str, float] = {}
+    for value in found:
+        if value.step == step and f"eval/{value.name}" not in values:
+            values[f"eval/{value.name}"] = value.value
+            if value.standard_error is not None:
+                values[f"eval/{value.name}_se"] = value.standard_error
+    tracker.evaluation(step, values, {f"eval/{value.name}": value.passport for value in found})
 
 
 def report(nll: Nll) -> str:
-    """The total and where it comes from, as text."""
-    steps = len(nll.vb)
-    lines = [
-        f"bits/dim  {nll.mean:.4f} +- {nll.standard_error:.4f} (standard error over {len(nll.total)} images)",
-        f"  prior       L_T    {nll.prior.mean():.6f}",
-        f"  decoder     L_0    {nll.vb[0]:.4f}",
-    ]
-    edges = sorted({1, *(round(steps * q / 4) for q in (1, 2, 3, 4))})
-    for lo, hi in pairwise(edges):
-        label = f"t = {lo}..{hi - 1}"
-        lines.append(f"  {label:18s} {nll.vb[lo:hi].sum():.4f}   (noise mse {nll.mse[lo:hi].mean():.4f})")
-    return "\n".join(lines)
+    """The total of each model and where it comes from, as text."""
+    lines = []
+    count, steps = nll.total.shape[1], len(nll.timesteps)
+    for i in range(len(nll.total)):
+        lines += [
+            f"bits/dim  {nll.mean(i):.4f} +- {nll.standard_error(i):.4f} (standard error over {count} images)",
+            f"  prior       L_T    {nll.prior[i]:.6f}",
+            f"  decoder     L_0    {nll.decoder[i]:.4f}",
+        ]
+        if nll.vb is not None and nll.mse is not None:
+            edges = sorted({1, *(round(steps * q / 4) for q in (1, 2, 3, 4))})
+            for lo, hi in pairwise(edges):
+                label = f"t = {nll.timesteps[lo]}..{nll.timesteps[hi - 1]}"
+                terms, mse = nll.vb[i, lo:hi].sum(), nll.mse[i, lo:hi].mean()
+                lines.append(f"  {label:18s} {terms:.4f}   (noise mse {mse:.4f})")
+    saved = f", {count * steps / nll.evaluations:.0f} times fewer than all" if nll.vb is None else ""
+    return "\n".join([*lines, f"  {nll.evaluations:,} network evaluations{saved}"])
+
+
+def _terms_csv(nll: Nll) -> bytes:
+    assert nll.vb is not None
+    assert nll.mse is not None
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["timestep", "vb_bits_per_dim", "eps_mse"])
+    writer.writerows(zip(nll.timesteps, nll.vb[0].tolist(), nll.mse[0].tolist(), strict=True))
+    return table.getvalue().encode()
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from iddpm.timesteps import make_sampler
 from pipeline.checkpoint import Checkpoints, Parts, Record, Writer
 from pipeline.config import TrainConfig, check_same_run, horizon_steps, record
 from pipeline.data import Batch, Cache, ShardIndex, epoch_digests, expected_digest, load_index, stream
+from pipeline.evaluate import EvaluateConfig, check_metrics, log_measured, measure
 from pipeline.hardware import device_name, peak_flops
-from pipeline.sample import autocast, build_model, draw, ema_part, grid_png, with_weights
+from pipeline.sample import Recipe, Trained, autocast, build_model, draw, ema_part, grid_png, with_weights
 from pipeline.storage import Store
 from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir
 from pipeline.world import World
@@ -303,6 +304,9 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
                 if state.step == steps or (config.sample_every and state.step % config.sample_every == 0):
                     with clock.stopped():
                         _draw_grid(state, run, tracker, world)
+                if config.eval_every and (state.step == steps or state.step % config.eval_every == 0):
+                    with clock.stopped():
+                        _evaluate(state, tracker, world)
                 if state.step == steps or state.step % config.checkpoint_every == 0:
                     with clock.stopped():
                         _checkpoint(state, run, writer, tracker, index, world)
@@ -318,6 +322,7 @@ def _open(config: TrainConfig, run: Store, world: World) -> tuple[ShardIndex, tu
     """The dataset and, on rank 0, the newest checkpoint; refuses what does not fit together."""
     data = Store(config.data.url, config.storage)
     index = load_index(data, "train")
+    check_metrics(config.eval_metrics, "--eval-metrics")
     model = config.model
     if index.shape != (model.in_channels, model.image_size, model.image_size):
         raise ValueError(
@@ -334,6 +339,8 @@ def _open(config: TrainConfig, run: Store, world: World) -> tuple[ShardIndex, tu
         return index, None
     run.check(write=True)
     found = Checkpoints(run).newest()
+    if found and "optimizer" not in found[0].parts:
+        raise ValueError(f"--out {config.out} holds converted weights, to sample and evaluate; give another --out")
     if found:
         check_same_run(found[0].meta["config"], config)
         if found[0].meta["dataset_digest"] != index.digest:
@@ -439,24 +446,40 @@ def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: Wo
     """A grid of samples by the first moving average."""
     config = state.config
     state.model.eval()
-    with autocast(world.device, config.precision):
-        images = draw(
-            with_weights(state.model, state.ema.weights(config.ema_rates[0])),
-            config.diffusion,
-            (config.model.in_channels, config.model.image_size, config.model.image_size),
-            count=config.sample_count,
-            steps=config.sample_steps,
-            seed=config.seed,
-            world=world,
-            num_classes=config.model.num_classes,
-            dtype=torch.float64 if config.precision == "fp64" else torch.float32,
-        )
+    images = draw(
+        with_weights(state.model, state.ema.weights(config.ema_rates[0])),
+        config,
+        Recipe("ancestral", config.sample_steps, 0.0, config.seed),
+        config.sample_count,
+        world,
+    )
     state.model.train()
     if tracker and images is not None:
         png = grid_png(images)
         path = tracker.image(state.step, "samples", png)
         if run.local is None:
             run.write(f"samples/{path.name}", png)
+
+
+def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:
+    """What `python -m pipeline.evaluate` would measure of the first moving average."""
+    config, rate = state.config, state.config.ema_rates[0]
+    state.model.eval()
+    model = with_weights(state.model, state.ema.weights(rate))
+    plan = EvaluateConfig(
+        config.out,
+        config.eval_metrics,
+        images=config.eval_images,
+        samples=config.eval_images,
+        features="trained",
+        storage=config.storage,
+    )
+    found = measure([Trained(config, state.step, {}, rate, model)], plan, world, keep=False)
+    state.model.train()
+    if tracker:
+        log_measured(tracker, state.step, found)
+        for value in found:
+            tqdm.write(f"step {state.step} {value}")
 
 
 class Clock:

@@ -3,11 +3,10 @@
 import io
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from iddpm.config import DiffusionConfig
 from iddpm.diffusion import Diffusion, Model
 from iddpm.noise import normal, stream_key
-from iddpm.sampling import ancestral
+from iddpm.sampling import Step, ancestral, ddim, ddim_invert, final, slerp
 from iddpm.schedule import respace
 from iddpm.unet import UNet
 from pipeline.checkpoint import Checkpoints
@@ -37,7 +36,64 @@ class Trained:
     step: int
     meta: dict[str, Any]
     ema_rate: float
-    model: UNet
+    model: Model
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return image_shape(self.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images that the model takes."""
+        return torch.float64 if self.config.precision == "fp64" else torch.float32
+
+
+def image_shape(config: TrainConfig) -> tuple[int, int, int]:
+    """(C, H, W) of a run's images."""
+    return config.model.in_channels, config.model.image_size, config.model.image_size
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How images are drawn: with a model's weights it determines each of them."""
+
+    sampler: Literal["ancestral", "ddim"]
+    steps: int
+    eta: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"--steps: got {self.steps}, expected 1 or more")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"--eta: got {self.eta}, expected 0 to 1")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"--eta: got {self.eta}, but only --sampler ddim has one")
+
+    def chain(self, config: DiffusionConfig, device: torch.device) -> Diffusion:
+        """The process of so many steps, evenly spaced over the run's."""
+        if self.steps > config.timesteps:
+            raise ValueError(f"--steps: got {self.steps}, expected 1 to the run's T = {config.timesteps}")
+        return Diffusion(config, respace(config.timesteps, str(self.steps)), device)
+
+    def run(
+        self,
+        model: Model,
+        chain: Diffusion,
+        index: Tensor,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        y: Tensor | None,
+    ) -> Iterator[Step]:
+        """The steps that draw the images of these numbers (int64 [n]); each depends on the seed and its number."""
+
+        def noise(t: int | str) -> Tensor:
+            names = ("z", t) if isinstance(t, int) else (t,)
+            return normal(stream_key(self.seed, *names), index, shape).to(dtype)
+
+        if self.sampler == "ddim":
+            return ddim(model, chain, noise("x_T"), self.eta, noise, y)
+        return ancestral(model, chain, noise("x_T"), noise, y)
 
 
 def load_trained(
@@ -94,44 +150,129 @@ def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> Model:
     return lambda x, t, y=None: functional_call(model, weights, (x, t, y))
 
 
-def draw(
+def draw_batches(
     model: Model,
-    diffusion: DiffusionConfig,
-    shape: tuple[int, int, int],
+    config: TrainConfig,
+    recipe: Recipe,
+    lo: int,
+    hi: int,
     *,
-    count: int,
-    steps: int,
-    seed: int,
-    world: World,
-    num_classes: int | None = None,
+    device: torch.device,
+    classes: Sequence[int] | None = None,
+    frames: int | None = None,
     batch_size: int = 64,
     progress: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor | None:
-    """`count` images by the strided ancestral chain: uint8 [count, C, H, W] on rank 0, None on the others.
+) -> Iterator[Tensor]:
+    """Images lo .. hi-1 as uint8 [n, C, H, W] on the device, some at a time.
 
-    Image i depends on (seed, i) alone, so any world draws the same ones. Class-conditional models go through the
-    classes in turn.
+    With `frames`, uint8 [n, frames, C, H, W]: the clean image as so many steps of the chain predicted it, the last
+    one among them. Class-conditional models go through `classes` in turn (default: all of them).
     """
-    chain = Diffusion(diffusion, respace(diffusion.timesteps, str(steps)), world.device)
-    lo, hi = world.share(count)
-    images = []
-    bar = tqdm(total=(hi - lo) * steps, unit="step", desc="sampling", disable=not progress or world.rank != 0)
-    for start in range(lo, hi, batch_size):
-        index = torch.arange(start, min(start + batch_size, hi), device=world.device)
-        y = index % num_classes if num_classes is not None else None
+    chain = recipe.chain(config.diffusion, device)
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    kept = {round(i * (recipe.steps - 1) / max(frames - 1, 1)) for i in range(frames)} if frames else set()
+    kinds = _classes(config, classes, device)
+    bar = tqdm(total=(hi - lo) * recipe.steps, unit="step", desc="sampling", disable=None if progress else True)
+    with closing(bar):
+        for start in range(lo, hi, batch_size):
+            index = torch.arange(start, min(start + batch_size, hi), device=device)
+            y = kinds[index % len(kinds)] if kinds is not None else None
+            seen = []
+            with autocast(device, config.precision):
+                for step in recipe.run(model, chain, index, image_shape(config), dtype, y):
+                    if step.t in kept:
+                        seen.append(to_uint8(step.pred_xstart))
+                    bar.update(len(index))
+            yield torch.stack(seen, dim=1) if frames else to_uint8(step.x)
 
-        def noise(t: int, index: Tensor = index) -> Tensor:
-            return normal(stream_key(seed, "z", t), index, shape).to(dtype)
 
-        x = normal(stream_key(seed, "x_T"), index, shape).to(dtype)
-        for step in ancestral(model, chain, x, noise, y):
-            x = step.x
-            bar.update(len(x))
-        images.append(to_uint8(x).cpu())
-    bar.close()
-    shares = world.gather(torch.cat(images) if images else torch.empty(0, *shape, dtype=torch.uint8))
-    return torch.cat(shares) if world.rank == 0 else None
+def draw(
+    model: Model,
+    config: TrainConfig,
+    recipe: Recipe,
+    count: int,
+    world: World,
+    *,
+    classes: Sequence[int] | None = None,
+    frames: int | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Tensor | None:
+    """`count` images, shared out over the ranks, on rank 0's CPU; None on the others. As `draw_batches` otherwise."""
+    batches = draw_batches(
+        model,
+        config,
+        recipe,
+        *world.share(count),
+        device=world.device,
+        classes=classes,
+        frames=frames,
+        batch_size=batch_size,
+        progress=progress and world.rank == 0,
+    )
+    return _collect([batch.cpu() for batch in batches], world)
+
+
+def _collect(mine: list[Tensor], world: World) -> Tensor | None:
+    """The ranks' images in their order, on rank 0."""
+    shares = world.gather(torch.cat(mine) if mine else None)
+    return torch.cat([share for share in shares if share is not None]) if world.rank == 0 else None
+
+
+def _classes(config: TrainConfig, classes: Sequence[int] | None, device: torch.device) -> Tensor | None:
+    count = config.model.num_classes
+    if count is None:
+        if classes:
+            raise ValueError(f"--classes: got {list(classes)}, but the run's model is not class-conditional")
+        return None
+    if classes and not 0 <= min(classes) <= max(classes) < count:
+        raise ValueError(f"--classes: got {list(classes)}, expected 0 to {count - 1}")
+    return torch.tensor(classes or range(count), device=device)
+
+
+def interpolate(
+    trained: Trained,
+    recipe: Recipe,
+    ends: tuple[str, str],
+    count: int,
+    world: World,
+    classes: Sequence[int] | None = None,
+) -> Tensor | None:
+    """`count` images from one end to the other by slerp of x_T and DDIM (appendix D.5): uint8 on rank 0, else None.
+
+    An end is a seed, whose first image it is, or a PNG file, whose x_T is found by inversion (section 4.3).
+    """
+    config, device = trained.config, world.device
+    chain = recipe.chain(config.diffusion, device)
+    kinds = _classes(config, classes, device)
+    y = kinds[:1] if kinds is not None else None
+
+    def latent(end: str) -> Tensor:
+        if end.isdecimal():
+            first = torch.zeros(1, dtype=torch.int64, device=device)
+            return normal(stream_key(int(end), "x_T"), first, trained.shape).to(trained.dtype)
+        x = torch.from_numpy(_read_image(end, trained.shape)).to(device, trained.dtype)[None] / 127.5 - 1
+        return final(ddim_invert(trained.model, chain, x, y))
+
+    with autocast(device, config.precision):
+        a, b = map(latent, ends)
+        lo, hi = world.share(count)
+        images = []
+        for i in range(lo, hi):
+            x_T = slerp(a, b, i / max(count - 1, 1))
+            images.append(to_uint8(final(ddim(trained.model, chain, x_T, y=y))).cpu())
+    return _collect(images, world)
+
+
+def _read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """uint8 [C, H, W]; an image of another size is refused."""
+    channels, height, width = shape
+    with Image.open(path) as picture:
+        if picture.size != (width, height):
+            got = "x".join(map(str, picture.size))
+            raise ValueError(f"{path}: got an image of {got} pixels, expected the run's {width}x{height}")
+        pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(height, width, channels).transpose(2, 0, 1)
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -139,10 +280,10 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def grid_png(images: Tensor) -> bytes:
+def grid_png(images: Tensor, columns: int | None = None) -> bytes:
     """uint8 [N, C, H, W] as one PNG, near square; small images enlarged so that a person sees them."""
     n, _, height, width = images.shape
-    columns = math.ceil(math.sqrt(n))
+    columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     scale = max(1, 64 // height)
     gap = 2
@@ -157,20 +298,45 @@ def grid_png(images: Tensor) -> bytes:
     return buffer.getvalue()
 
 
+def batch_npz(images: Tensor, labels: Tensor | None = None) -> bytes:
+    """uint8 [N, C, H, W] as the guided-diffusion evaluator's sample batch: arr_0 [N, H, W, C], labels in arr_1."""
+    arrays = [images.permute(0, 2, 3, 1).numpy(), *([labels.numpy()] if labels is not None else [])]
+    buffer = io.BytesIO()
+    np.savez(buffer, *arrays)
+    return buffer.getvalue()
+
+
+def write_out(out: str, data: bytes, storage: StorageConfig) -> None:
+    """To a path or URL."""
+    folder, _, name = out.rpartition("/")
+    Store(folder or ("/" if out.startswith("/") else "."), storage).write(name, data)
+
+
 @dataclass(frozen=True)
 class SampleConfig:
-    """Draw images from a trained model into a grid a person can open."""
+    """Draw images from a trained model, alone or on several workers, which draw the same ones."""
 
     run: tyro.conf.Positional[str]
     """The run: the --out of its training, a folder or URL."""
     out: str = "samples.png"
-    """PNG file to write."""
+    """File or URL to write: .png, a grid; .npz, uint8 [N, H, W, C] as arr_0 for evaluators (labels, if any, as arr_1).
+    """
     count: int = 64
     """Images to draw."""
+    sampler: Literal["ancestral", "ddim"] = "ancestral"
+    """IDDPM's own sampler, or DDIM's, which is better below some 50 steps."""
     steps: int | None = None
-    """Steps of the strided ancestral chain; default: the run's --sample-steps."""
+    """Steps of the strided chain; default: the run's --sample-steps."""
+    eta: float = 0.0
+    """DDIM's noise: 0 is deterministic, 1 has the variance of the posterior."""
+    classes: tuple[int, ...] | None = None
+    """Classes to go through in turn, of a class-conditional model; default: all."""
     seed: int = 0
     """Image i depends on the seed and i alone."""
+    progressive: int | None = None
+    """Show each image in a row of so many frames: the clean image as the chain predicted it on its way."""
+    between: tuple[str, str] | None = None
+    """Interpolate by DDIM in `count` frames between two seeds, as in `--between 3 7`, or two images (PNG files)."""
     ema_rate: float | None = None
     """Which moving average of the weights; default: the run's first; 0: the weights themselves."""
     step: int | None = None
@@ -181,35 +347,53 @@ class SampleConfig:
     launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        for name in ("count", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected 1 or more")
+        for name in ("count", "batch_size", "progressive", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected 1 or more")
+        if not self.out.endswith((".png", ".npz")):
+            raise ValueError(f"--out: got {self.out!r}, expected a name that ends in .png or .npz")
+        if self.between and (self.progressive or self.eta):
+            raise ValueError("--between: goes with neither --progressive nor --eta; it is DDIM's deterministic chain")
+        if self.progressive and self.out.endswith(".npz"):
+            raise ValueError("--progressive: draws a .png; an .npz holds samples only")
 
 
 def main(config: SampleConfig, world: World) -> None:
     trained = load_trained(config.run, config.storage, world.device, config.ema_rate, config.step)
     run = trained.config
     steps = run.sample_steps if config.steps is None else config.steps
-    if not 1 <= steps <= run.diffusion.timesteps:
-        raise ValueError(f"--steps: got {steps}, expected 1 to the run's T = {run.diffusion.timesteps}")
-    with autocast(world.device, run.precision):
+    recipe = Recipe("ddim" if config.between else config.sampler, steps, config.eta, config.seed)
+    if config.progressive and config.progressive > steps:
+        raise ValueError(f"--progressive: got {config.progressive}, expected at most the {steps} steps of the chain")
+    columns = config.progressive
+    if config.between:
+        images = interpolate(trained, recipe, config.between, config.count, world, config.classes)
+        columns = config.count
+    else:
         images = draw(
             trained.model,
-            run.diffusion,
-            (run.model.in_channels, run.model.image_size, run.model.image_size),
-            count=config.count,
-            steps=steps,
-            seed=config.seed,
-            world=world,
-            num_classes=run.model.num_classes,
+            run,
+            recipe,
+            config.count,
+            world,
+            classes=config.classes,
+            frames=config.progressive,
             batch_size=config.batch_size,
             progress=True,
-            dtype=next(trained.model.parameters()).dtype,
         )
-    if images is not None:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_bytes(grid_png(images))
-        print(f"{config.count} images, {steps} steps, EMA {trained.ema_rate:g}, step {trained.step}: {config.out}")
+    if images is None:
+        return
+    if config.out.endswith(".npz"):
+        kinds = _classes(run, config.classes, torch.device("cpu"))
+        data = batch_npz(images, kinds[torch.arange(len(images)) % len(kinds)] if kinds is not None else None)
+    else:
+        data = grid_png(images.flatten(0, 1) if config.progressive else images, columns)
+    write_out(config.out, data, config.storage)
+    print(
+        f"{config.count} images, {recipe.sampler}, {steps} steps, EMA {trained.ema_rate:g}, step {trained.step}:"
+        f" {config.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -126,9 +126,11 @@ class Tracker:
             self._append({"kind": "metrics", "step": step, "metrics": metrics})
             self.last["metrics"] = step
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Append what was measured of the checkpoint of a step, after training logged that step."""
-        self._append({"kind": "evaluation", "step": step, "metrics": metrics})
+    def evaluation(self, step: int, metrics: dict[str, float], passports: dict[str, dict[str, Any]]) -> None:
+        """Append what was measured of a checkpoint, unless just that is there already."""
+        record = {"kind": "evaluation", "step": step, "metrics": metrics, "passports": passports}
+        if not any(record.items() <= there.items() for there in read_journal(self.folder)):
+            self._append(record)
 
     def epoch(self, epoch: int, digest: int) -> None:
         """Record that an epoch is complete and had each sample once, with the digest that shows it."""
@@ -300,8 +302,12 @@ def _send(client: Any, run_id: str, folder: Path, records: Sequence[dict[str, An
     for record in records:
         millis = int(record["time"] * 1000)
         match record["kind"]:
-            case "metrics" | "evaluation" if record["step"] > last_step or record["kind"] == "evaluation":
+            case "metrics" if record["step"] > last_step:
                 metrics += [Metric(key, value, millis, record["step"]) for key, value in record["metrics"].items()]
+            case "evaluation":
+                metrics += [Metric(key, value, millis, record["step"]) for key, value in record["metrics"].items()]
+                tags = [RunTag(f"{key}.passport", json.dumps(p)) for key, p in record["passports"].items()]
+                client.log_batch(run_id, tags=tags)
             case "run":
                 params = [Param(key, str(value)[:500]) for key, value in flatten(record["config"]).items()]
                 client.log_batch(run_id, params=params, tags=[RunTag("iddpm.folder", str(folder.resolve()))])

@@ -99,3 +99,15 @@ def run_module(
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+@pytest.fixture(scope="session")
+def small_run(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny run, trained for some steps: T = 20, class-conditional, in float64, with two checkpoints."""
+    from pipeline.loop import train
+    from pipeline.world import World
+
+    out = tmp_path_factory.mktemp("small") / "run"
+    flags = ("--precision", "fp64", "--model.num-classes", "10", "--ema-rates", "0.9", "0.5", "--lr", "1e-3")
+    train(tiny(digits, out, *flags, "--horizon", "40steps", "--checkpoint-every", "20", "--sample-every", "0"), World())
+    return str(out)

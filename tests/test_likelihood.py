@@ -1,4 +1,5 @@
 import math
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -7,10 +8,16 @@ from golden import arrays, denoiser, error, keys, tensor
 from iddpm.config import DiffusionConfig
 from iddpm.diffusion import Diffusion
 from iddpm.likelihood import (
+    best_path,
     discretized_gaussian_log_likelihood,
     exact_bpd,
+    jump_costs,
     normal_kl,
+    pilot_distribution,
+    pilot_sizes,
     prior_bpd,
+    sampled_bpd,
+    systematic_timesteps,
     vlb_term,
 )
 
@@ -108,3 +115,128 @@ def test_the_prior_is_nearly_nothing():
         prior = prior_bpd(Diffusion(DiffusionConfig(timesteps=1000, schedule=schedule)), x_0)
         assert (prior >= 0).all()
         assert prior.max() < 1e-4
+
+
+# ------------------------------------------------------------------------------------------- sampled
+
+STEPS = 50
+FULL = Diffusion(DiffusionConfig(timesteps=STEPS))
+EPS = torch.randn(STEPS, 3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def images(n=3):
+    return tensor("batch/x0")[:n]
+
+
+def noise_of(i, t):
+    return EPS[t.cpu(), i.cpu()]
+
+
+def skewed(power):
+    return torch.arange(1, STEPS).double() ** -power / (torch.arange(1, STEPS).double() ** -power).sum()
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+def test_systematic_timesteps_have_their_probabilities(draws):
+    p = skewed(1.0)
+    u = (torch.arange(40_000).double() + 0.5) / 40_000
+    t = systematic_timesteps(p, u, draws)
+    assert t.shape == (40_000, draws)
+    assert (t.min(), t.max()) == (1, STEPS - 1)
+    shares = torch.bincount(t.flatten(), minlength=STEPS)[1:] / t.numel()
+    assert (shares - p).abs().max() < 1e-4
+    # Systematic: of an image's draws, each timestep has its expected number, rounded up or down.
+    for step in (1, 5, 30):
+        count = (t == step).sum(1)
+        expected = draws * p[step - 1]
+        assert set(count.tolist()) <= {math.floor(expected), math.ceil(expected)}
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_the_sampled_bound_is_unbiased_for_any_distribution(power):
+    """Averaged over a grid of u, it is the exact bound of the same noise: whatever the probabilities."""
+    exact = exact_bpd(FULL, denoiser(True), images(), lambda t: EPS[t])
+    n = 4000
+    u = (torch.arange(n).double() + 0.5) / n
+    for row in range(3):
+        x = images()[row].expand(n, -1, -1, -1)
+        got = sampled_bpd(FULL, denoiser(True), x, lambda i, t, row=row: EPS[t, row], u, skewed(power), draws=1)
+        assert abs(got.total.mean() / exact.total[row] - 1) < (2e-3 if power == 2 else 5e-4)
+        assert error(got.decoder[:1], exact.vb[row : row + 1, 0].double()) < 1e-6
+        assert error(got.prior[:1], exact.prior[row : row + 1].double()) < 1e-6
+
+
+def test_importance_lowers_the_variance_and_draws_lower_it_more():
+    x = images()
+    p = pilot_distribution(pilot_sizes(FULL, denoiser(True), x, lambda t: EPS[t, torch.arange(3)] * -1))
+    even = torch.full_like(p, 1 / len(p))
+    u = (torch.arange(500).double() * 0.6180339887) % 1
+
+    def spread(p, draws):
+        parts = [sampled_bpd(FULL, denoiser(True), x[:1].expand(500, -1, -1, -1), lambda i, t: EPS[t, 0], u, p, draws)]
+        return parts[0].total.std()
+
+    assert spread(p, 4) < 0.5 * spread(even, 4)
+    assert spread(p, 16) < 0.5 * spread(p, 4)
+
+
+def test_the_pilot_measures_the_terms_and_leaves_none_out():
+    sizes = pilot_sizes(FULL, denoiser(True), images(), lambda t: EPS[t, torch.arange(3)])
+    exact = exact_bpd(FULL, denoiser(True), images(), lambda t: EPS[t])
+    rms = exact.vb[:, 1:].double().square().mean(0).sqrt()
+    assert sizes.shape == (STEPS - 1,)
+    assert error(sizes[:5], rms[:5]) < 1e-5  # small timesteps are measured, not interpolated
+    assert (sizes / rms).log().abs().max() < 0.7
+    p = pilot_distribution(sizes)
+    assert abs(p.sum() - 1) < 1e-12
+    assert p.min() >= 0.01 / (STEPS - 1)
+
+
+def test_labels_follow_their_images():
+    seen = []
+
+    def model(x, t, y=None):
+        seen.append(y)
+        return denoiser(True)(x, t)
+
+    u = torch.tensor([0.1, 0.5, 0.9]).double()
+    sampled_bpd(FULL, model, images(), noise_of, u, skewed(1.0), 2, torch.tensor([7, 8, 9]))
+    assert seen[0].tolist() == [7, 7, 7, 8, 8, 8, 9, 9, 9]
+
+
+# ------------------------------------------------------------------------------------ the best path
+
+
+@pytest.fixture(scope="module", params=["learned_range", "fixed_large", "fixed_small"])
+def small(request):
+    """A chain of 8 timesteps with its costs, and the bound of the images by any path through it."""
+    config = DiffusionConfig(timesteps=50, variance=request.param)
+    grid = [0, 2, 5, 11, 20, 30, 40, 49]
+    model = denoiser(config.learns_variance)
+
+    def bound(path):
+        kept = [grid[i] for i in path]
+        return exact_bpd(Diffusion(config, kept), model, images(), lambda t: EPS[kept[t]]).vb.sum(1).mean()
+
+    return jump_costs(Diffusion(config, grid), model, images(), lambda t: EPS[grid[t]]), bound
+
+
+@pytest.mark.parametrize("path", [[0, 7], [3, 7], [0, 3, 7], [1, 2, 6, 7], list(range(8))])
+def test_costs_add_up_to_the_bound_of_the_shorter_chain(small, path):
+    costs, bound = small
+    total = costs.decoder[path[0], path[1]] + sum(costs.kl[s, t] for s, t in pairwise(path))
+    assert abs(total / bound(path) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5, 8])
+def test_no_path_is_better_than_the_best_path(small, steps):
+    costs, bound = small
+    path = best_path(costs, steps)
+    assert len(path) == steps
+    least = min(bound([*rest, 7]) for rest in combinations(range(7), steps - 1))
+    assert bound(path) <= least * (1 + 1e-6)
+
+
+def test_a_path_of_too_many_steps_is_refused(small):
+    with pytest.raises(ValueError, match="expected 2 to 8"):
+        best_path(small[0], 9)

@@ -1,0 +1,66 @@
+"""Take over published weights: `python -m pipeline.convert openai FILE.pt --preset imagenet64 --out RUN`.
+
+What it writes is a run with one checkpoint, which `pipeline.sample` and `pipeline.evaluate` take as any other.
+"""
+
+import sys
+import uuid
+
+import torch
+
+from iddpm.openai import load_published
+from pipeline.checkpoint import Checkpoints, Parts
+from pipeline.config import TrainConfig, fail_usage, parse_train, record
+from pipeline.sample import ema_part
+from pipeline.storage import Store
+
+USAGE = """usage: python -m pipeline.convert openai FILE.pt --preset NAME --out RUN [flags of pipeline.train]
+
+Makes a checkpoint of a published improved-diffusion model (.pt, tensors only). The preset and the flags say which
+model it is, as they would say to pipeline.train; names and shapes are checked. The published files hold an average of
+the weights: it becomes that of the run's first --ema-rates.
+"""
+
+
+def convert(path: str, config: TrainConfig) -> None:
+    """Write the weights in the file as a checkpoint of the run at `config.out`.
+
+    ValueError where they are not that model's, or the run has a checkpoint.
+    """
+    weights = load_published(path, config.model, config.diffusion.out_channels(config.model.in_channels))
+    weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+    run = Store(config.out, config.storage)
+    run.check(write=True)
+    checkpoints = Checkpoints(run)
+    if any(r.kind == "checkpoint" for r in checkpoints.records()):
+        raise ValueError(f"--out {config.out}: has a checkpoint; give another")
+    meta = {
+        "images": 0,
+        "config": record(config),
+        "uid": uuid.uuid4().hex,
+        "dataset_digest": "",
+        "source": path,
+        "torch": torch.__version__,
+    }
+    parts: Parts = {"model": weights, **{ema_part(rate): weights for rate in config.ema_rates[:1]}}
+    writer = checkpoints.claim({"launcher": "convert", "world_size": 1})
+    writer.save(0, parts, meta, keep_last=1, keep_every=None)
+    writer.close()
+    print(f"{path}: {sum(t.numel() for t in weights.values()):,} parameters, now the checkpoint of {config.out}")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) < 2 or argv[0] != "openai" or {"-h", "--help"} & set(argv):
+        print(USAGE, file=sys.stdout if {"-h", "--help"} & set(argv) else sys.stderr)
+        raise SystemExit(0 if {"-h", "--help"} & set(argv) else 2)
+    if not any(arg.split("=")[0] == "--out" for arg in argv):
+        fail_usage(ValueError("--out: expected a folder or URL for the run"))
+    config, _ = parse_train(argv[2:])
+    try:
+        convert(argv[1], config)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

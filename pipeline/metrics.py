@@ -1,0 +1,454 @@
+"""How near drawn images are to real ones: FID and its kin, over the features of a network.
+
+Moments are summed up as images stream by; only features and logits are kept, and only where a metric wants them.
+Values equal torch-fidelity's on the same features. With features other than Inception's a metric has another name:
+`fd_digits` is a Fréchet distance, but no FID.
+"""
+
+import hashlib
+import io
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from pipeline.data import Cache, Reader, ShardIndex, stream
+from pipeline.storage import StorageConfig, StorageError, Store
+from pipeline.world import World
+
+METRICS = ("fid", "is", "kid", "precision", "recall")
+INCEPTION = "inception-v3-compat"  # torch-fidelity's name of the network of 2015-12-05, bit-exact with TensorFlow's
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_SHA256 = "6726825d"  # its first digits, as in the file's name
+KID_SUBSET = 1000  # images, or as many as there are
+CACHE = "evaluation"  # folder beside the shards
+
+Batches = Iterable[Tensor]  # of uint8 [n, C, H, W]
+
+
+# ------------------------------------------------------------------------------------------ features
+
+
+@dataclass(frozen=True)
+class Features:
+    """A network that sees images as vectors."""
+
+    name: str
+    """"inception", or what the names of metrics end in."""
+    digest: str
+    """Of its weights."""
+    network: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """uint8 [n, C, H, W] -> features [n, D] and logits [n, K] (K = 0 where it is no classifier)."""
+
+    def metric(self, name: str) -> str:
+        """What a metric over these features is called."""
+        if self.name == "inception":
+            return name
+        return {"fid": "fd", "kid": "kd"}.get(name, name) + f"_{self.name}"
+
+
+def inception_features(weights: str | None, download: bool, storage: StorageConfig, device: torch.device) -> Features:
+    """The Inception network of 2015-12-05, from a path, a URL, torch's own cache or, if allowed, its publisher.
+
+    ValueError where the weights are not to be had or are not those.
+    """
+    path = _inception_path(weights, download, storage)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(INCEPTION_SHA256):
+        raise ValueError(f"{path}: not the Inception weights: sha256 {digest[:16]}…, expected {INCEPTION_SHA256}…")
+    torch.load(path, weights_only=True)  # torch-fidelity itself would run code in it
+    return torch_fidelity_features(INCEPTION, path, device)
+
+
+def _inception_path(weights: str | None, download: bool, storage: StorageConfig) -> Path:
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
+    if weights and "://" not in weights:
+        if not Path(weights).is_file():
+            raise ValueError(f"--inception {weights}: no such file")
+        return Path(weights)
+    if weights and not weights.startswith("http"):
+        folder, _, name = weights.rpartition("/")
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        Store(folder, storage).download(name, cached)
+    elif weights or (download and not cached.exists()):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(weights or INCEPTION_URL, str(cached), INCEPTION_SHA256)
+        except (URLError, OSError, RuntimeError) as error:
+            raise ValueError(
+                f"the Inception weights cannot be downloaded here ({error}). Fetch {INCEPTION_URL} elsewhere and give"
+                " its path by --inception, or use --features trained"
+            ) from error
+    if not cached.exists():
+        raise ValueError(
+            "FID and its kin need the Inception weights of 2015-12-05: give --inception PATH_OR_URL, allow --download,"
+            f" put {cached.name} into {cached.parent}, or take a network trained on the data itself: --features trained"
+        )
+    return cached
+
+
+def torch_fidelity_features(name: str, weights: Path | None, device: torch.device) -> Features:
+    """One of torch-fidelity's networks: its published name. Without `weights` it downloads what it needs."""
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        have = ", ".join(["inception", "trained", *FEATURE_EXTRACTORS_REGISTRY])
+        raise ValueError(f"--features: got {name!r}, expected one of {have}")
+    kind = FEATURE_EXTRACTORS_REGISTRY[name]
+    layers = [kind.get_default_feature_layer_for_metric("fid")]
+    if name == INCEPTION:
+        layers.append(kind.get_default_feature_layer_for_metric("isc"))
+    try:
+        extractor = kind(name, layers, feature_extractor_weights_path=weights and str(weights), verbose=False)
+    except (URLError, OSError) as error:
+        raise ValueError(f"--features {name}: its weights cannot be downloaded here ({error})") from error
+    extractor = extractor.to(device).eval().requires_grad_(False)
+
+    def network(images: Tensor) -> tuple[Tensor, Tensor]:
+        features = extractor(images.expand(-1, 3, -1, -1).contiguous())
+        return features[0], features[1] if len(features) > 1 else features[0][:, :0]
+
+    short = "inception" if name == INCEPTION else name
+    return Features(short, _digest(extractor.state_dict()), network)
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier of images; its last hidden layer are the features."""
+
+    def __init__(self, channels: int, classes: int, width: int = 64) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, width),
+            nn.ReLU(),
+            nn.LayerNorm(width, elementwise_affine=False),  # KID's kernel wants coordinates of about 1
+        )
+        self.out = nn.Linear(width, classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.hidden(images.float() / 127.5 - 1)
+        return features, self.out(features)
+
+
+def trained_features(data: Store, index: ShardIndex, world: World, steps: int = 500) -> Features:
+    """A classifier of the dataset's own labels, trained on the spot, the same each time, and kept beside the shards.
+
+    For data far from photographs, and machines without Inception's weights. ValueError where there are no classes.
+    """
+    if index.num_classes < 2:
+        raise ValueError("--features trained: learns to tell the data's classes apart, and there are none")
+    name, weights = f"{CACHE}/features-{index.digest}.safetensors", None
+    if world.rank == 0:
+        try:
+            weights = data.read(name)
+        except FileNotFoundError:
+            weights = _keep(data, name, save(_train_classifier(data, index, steps).state_dict()))
+    network = Classifier(index.shape[0], index.num_classes)
+    network.load_state_dict(load(world.broadcast_object(weights)))
+    network = network.to(world.device).eval().requires_grad_(False)
+    return Features(short_name(index), _digest(network.state_dict()), network)
+
+
+def _train_classifier(data: Store, index: ShardIndex, steps: int) -> Classifier:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # float32's last bits depend on it
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = Classifier(index.shape[0], index.num_classes)
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+        batches = stream(data, index, seed=0, position=0, batch_size=128)
+        for _ in range(steps):
+            batch = next(batches)
+            loss = nn.functional.cross_entropy(network(batch.images)[1], batch.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        batches.close()
+    finally:
+        torch.set_num_threads(threads)
+    return network
+
+
+def _keep(store: Store, name: str, data: bytes) -> bytes:
+    """Put it into the store, unless another process has; what is there then. A store that is read-only is no error."""
+    try:
+        return data if store.create(name, data) else store.read(name)
+    except StorageError as error:
+        warnings.warn(f"{name} is not kept: {error}", stacklevel=2)
+        return data
+
+
+def short_name(index: ShardIndex) -> str:
+    """Of a dataset, for names of metrics: the last word of its source's name before any remark."""
+    words = re.findall(r"[a-z0-9]+", index.source.partition("(")[0].lower())
+    return words[-1] if words else "data"
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------- moments
+
+
+@dataclass
+class Moments:
+    """Mean and covariance of vectors that come in batches, in float64."""
+
+    count: Tensor
+    total: Tensor  # [D]
+    square: Tensor  # [D, D]: the sum of x x^T
+
+    @classmethod
+    def zero(cls, size: int, device: torch.device) -> "Moments":
+        shapes = ((), (size,), (size, size))
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, features: Tensor) -> None:
+        """[n, D]"""
+        x = features.double()
+        self.count += len(x)
+        self.total += x.sum(0)
+        self.square.addmm_(x.T, x)
+
+    def sum_ranks(self, world: World) -> None:
+        for tensor in (self.count, self.total, self.square):
+            world.sum_(tensor)
+
+    def mean_covariance(self) -> tuple[np.ndarray, np.ndarray]:
+        """float64 [D] and [D, D], the unbiased estimate; ValueError from fewer than two vectors."""
+        n = float(self.count)
+        if n < 2:
+            raise ValueError(f"moments: got {n:.0f} images, expected 2 or more")
+        mean = self.total / n
+        covariance = (self.square - n * torch.outer(mean, mean)) / (n - 1)
+        return mean.cpu().numpy(), covariance.cpu().numpy()
+
+
+def frechet_distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
+    """Between two Gaussians, each (mean [D], covariance [D, D]): FID, over Inception's features (Heusel et al. 2017).
+
+    The trace of the root of a product of covariances A B is that of the symmetric sqrt(A) B sqrt(A), whose
+    eigenvalues are found without complex rounding errors.
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = ((torch.from_numpy(np.asarray(x, np.float64)) for x in pair) for pair in (a, b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    trace = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace)
+
+
+# ----------------------------------------------------------------------------------------- reference
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images, by their moments and a name for the passport."""
+
+    digest: str
+    moments: tuple[np.ndarray, np.ndarray]
+    images: Callable[[int], Batches] | None
+    """The first so many; None where only moments are known."""
+
+
+def dataset_reference(
+    data: Store, index: ShardIndex, features: Features, world: World, cache: Cache, batch_size: int = 256
+) -> Reference:
+    """All images of a split. Their moments are kept beside the shards, under the digests of data and network."""
+    name = f"{CACHE}/{index.split}-{index.digest}-{features.digest}.npz"
+    found = None
+    if world.rank == 0:
+        try:
+            found = read_moments(data.read(name))
+        except FileNotFoundError:
+            found = None
+
+    def images(ids: np.ndarray) -> Iterator[Tensor]:
+        reader = Reader(data, index, cache)
+        try:
+            for start in range(0, len(ids), batch_size):
+                yield reader.read(ids[start : start + batch_size])[0]
+        finally:
+            reader.close()
+
+    found = world.broadcast_object(found)
+    if found is None:
+        lo, hi = world.share(index.num_samples)
+        moments, _, _ = extract(images(np.arange(lo, hi)), features, world, keep=False)
+        found = moments.mean_covariance()
+        if world.rank == 0:
+            _keep(data, name, moments_npz(*found))
+
+    def first(n: int) -> Iterator[Tensor]:
+        # Evenly spread: shards may be in any order.
+        count = min(n, index.num_samples)
+        return images(np.arange(count) * index.num_samples // count)
+
+    return Reference(f"{index.split}-{index.digest[:16]}", found, first)
+
+
+def npz_reference(
+    url: str, storage: StorageConfig, features: Features, world: World, batch_size: int = 256
+) -> Reference:
+    """A reference batch of the guided-diffusion evaluator: arr_0 (uint8 [N, H, W, C]), or mu and sigma, or both.
+
+    mu and sigma hold for Inception's features alone.
+    """
+    folder, _, name = url.rpartition("/")
+    store = Store(folder or ("/" if url.startswith("/") else "."), storage)
+    if store.local is None:
+        raise ValueError(f"--reference {url}: expected a local file")
+    path = store.local / name
+    with np.load(path, allow_pickle=False) as npz:
+        names = set(npz.files)
+        if not names & {"arr_0", "mu"}:
+            raise ValueError(f"--reference {url}: holds {sorted(names)}, expected arr_0, or mu and sigma")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+    def images(n: int | None = None) -> Iterator[Tensor]:
+        return npz_images(path, batch_size, n)
+
+    if "mu" in names and features.name == "inception":
+        moments = read_moments(path.read_bytes())
+    elif "arr_0" not in names:
+        raise ValueError(f"--reference {url}: its mu and sigma are of Inception's features, not of {features.name}'s")
+    else:
+        moments = extract(images(), features, World(device=world.device), keep=False)[0].mean_covariance()
+    return Reference(f"{name}-{digest}", moments, images if "arr_0" in names else None)
+
+
+def moments_npz(mean: np.ndarray, covariance: np.ndarray) -> bytes:
+    """As the guided-diffusion evaluator reads them."""
+    buffer = io.BytesIO()
+    np.savez(buffer, mu=mean, sigma=covariance)
+    return buffer.getvalue()
+
+
+def read_moments(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as npz:
+        return npz["mu"], npz["sigma"]
+
+
+def npz_images(path: Path, batch_size: int, count: int | None = None) -> Iterator[Tensor]:
+    """uint8 [n, C, H, W] batches of arr_0 (uint8 [N, H, W, C]), which is never in memory as a whole."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        if fortran or dtype != np.uint8 or len(shape) != 4:
+            raise ValueError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 [N, H, W, C]")
+        size = int(np.prod(shape[1:]))
+        left = shape[0] if count is None else min(count, shape[0])
+        while left:
+            n = min(batch_size, left)
+            pixels = np.frombuffer(file.read(n * size), np.uint8).reshape(n, *shape[1:])
+            yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+            left -= n
+
+
+# ----------------------------------------------------------------------------------------- measuring
+
+
+@torch.no_grad()
+def extract(
+    batches: Batches, features: Features, world: World, keep: bool
+) -> tuple[Moments, Tensor | None, Tensor | None]:
+    """All ranks' images as moments, on every rank, and on rank 0 with `keep` as features [N, D] and logits [N, K]."""
+    moments: Moments | None = None
+    rows: list[Tensor] = []
+    logits: list[Tensor] = []
+    for images in batches:
+        found, classes = features.network(images.to(world.device))
+        if moments is None:
+            moments = Moments.zero(found.shape[1], world.device)
+        moments.add(found)
+        if keep:
+            rows.append(found.float().cpu())
+            logits.append(classes.float().cpu())
+    size = max(world.gather(len(moments.total) if moments else 0))
+    moments = moments or Moments.zero(size, world.device)  # a rank may have no image
+    moments.sum_ranks(world)
+    if not keep:
+        return moments, None, None
+    shares = [share for share in world.gather((torch.cat(rows), torch.cat(logits)) if rows else None) if share]
+    if world.rank != 0:
+        return moments, None, None
+    return moments, torch.cat([share[0] for share in shares]), torch.cat([share[1] for share in shares])
+
+
+def image_metrics(
+    drawn: Batches, count: int, reference: Reference, features: Features, world: World, wanted: Iterable[str], k: int
+) -> dict[str, tuple[float, dict[str, Any]]]:
+    """Of `wanted` (of METRICS), the value and what else belongs into its passport; on rank 0, else nothing.
+
+    `drawn` is this rank's share of `count` images. k: neighbours, for precision and recall (Kynkäänniemi et al. 2019).
+    """
+    wanted = set(wanted)
+    near = wanted & {"kid", "precision", "recall"}
+    moments, rows, logits = extract(drawn, features, world, keep=bool(near or "is" in wanted))
+    if world.rank != 0:
+        return {}
+    alone = World(device=world.device)
+    real = None
+    if near:
+        if reference.images is None:
+            raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only their moments")
+        real = extract(reference.images(count), features, alone, keep=True)[1]
+    found: dict[str, tuple[float, dict[str, Any]]] = {}
+    if "fid" in wanted:
+        if reference.moments[0].shape != tuple(moments.total.shape):
+            raise ValueError(
+                f"the reference's moments have {len(reference.moments[0])} dimensions, {features.name} features have"
+                f" {len(moments.total)}"
+            )
+        found["fid"] = frechet_distance(moments.mean_covariance(), reference.moments), {}
+    if rows is not None and logits is not None:
+        found |= feature_metrics(rows, logits, real, wanted, k)
+    return found
+
+
+def feature_metrics(
+    drawn: Tensor, logits: Tensor, real: Tensor | None, wanted: set[str], k: int
+) -> dict[str, tuple[float, dict[str, Any]]]:
+    """The metrics that want more than moments, by torch-fidelity: features [N, D], logits [N, K], real [M, D]."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    found: dict[str, tuple[float, dict[str, Any]]] = {}
+    if "is" in wanted:
+        if not logits.shape[1]:
+            raise ValueError("is: needs a classifier; these features have no logits")
+        found["is"] = isc_features_to_metric(logits)["inception_score_mean"], {}
+    if real is not None and "kid" in wanted:
+        size = min(KID_SUBSET, len(drawn), len(real))
+        value = kid_features_to_metric(drawn, real, kid_subset_size=size, verbose=False)
+        found["kid"] = value["kernel_inception_distance_mean"], {"subset": size}
+    if real is not None and wanted & {"precision", "recall"}:
+        if not 1 <= k < min(len(drawn), len(real)):
+            raise ValueError(f"--neighbours: got {k}, expected 1 to {min(len(drawn), len(real)) - 1} of the images")
+        both = prc_features_to_metric(drawn, real, prc_neighborhood=k, save_cpu_ram=True, verbose=False)
+        found |= {name: (both[name], {"k": k, "real": len(real)}) for name in ("precision", "recall") if name in wanted}
+    return found

@@ -1,0 +1,319 @@
+"""Bits/dim of trained models over many images: sampled or exact, on any number of ranks, resumable.
+
+Images, timesteps and noise depend on the seed and the image alone. So every world measures the same numbers, and
+several models are measured on the same ones: the standard error of their difference is that of paired samples.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from iddpm.config import DiffusionConfig
+from iddpm.diffusion import Diffusion
+from iddpm.likelihood import (
+    best_path,
+    exact_bpd,
+    jump_costs,
+    pilot_distribution,
+    pilot_sizes,
+    sampled_bpd,
+)
+from iddpm.noise import normal, stream_key, uniform
+from iddpm.schedule import respace
+from pipeline.data import permutation
+from pipeline.sample import Trained, autocast
+from pipeline.storage import Store
+from pipeline.world import World
+
+PILOT_IMAGES = 16
+PATH_GRID = 256  # timesteps that the best path chooses from: the number of its steps' costs is the square
+LEAST_IMAGES = 64  # before --target-se may stop: a standard error from fewer is too often too small
+SAVE_S = 20.0  # seconds between writes of partial results
+
+Read = Callable[[np.ndarray], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class NllPlan:
+    """What is measured, but for the models."""
+
+    images: int
+    seed: int = 0
+    exact: bool = False
+    draws: int = 16
+    target_se: float | None = None
+    chain: str | None = None
+    """None: all T timesteps. "25": 25 of them, evenly spaced. "best25": the best 25."""
+    images_per_call: int = 16
+    timesteps_per_call: int = 32
+
+    def __post_init__(self) -> None:
+        count = (self.chain or "1").removeprefix("best")
+        if not count.isdecimal() or int(count) < 1:
+            raise ValueError(f"--chain: got {self.chain!r}, expected a number of steps, as in 25, or best25")
+        if self.target_se is not None and not self.target_se > 0:
+            raise ValueError(f"--target-se: got {self.target_se}, expected bits/dim above 0")
+        if self.draws < 1:
+            raise ValueError(f"--draws: got {self.draws}, expected 1 or more")
+
+    @property
+    def name(self) -> str:
+        """Of the metric: the bound of a shorter chain is another quantity."""
+        if self.chain is None:
+            return "nll"
+        return f"nll_{self.chain}" if self.chain.startswith("best") else f"nll_strided{self.chain}"
+
+    @property
+    def estimator(self) -> str:
+        return "exact" if self.exact or self.chain else f"sampled{self.draws}"
+
+
+@dataclass(frozen=True)
+class Nll:
+    """Bits/dim of the same N images by each of M models, and what they are made of."""
+
+    total: Tensor
+    """[M, N] float64: the bound of each image."""
+    prior: Tensor
+    """[M]: the mean of L_T."""
+    decoder: Tensor
+    """[M]: the mean of L_0."""
+    vb: Tensor | None
+    """[M, T]: the mean of each timestep's term, the first being the decoder's; None where they are sampled."""
+    mse: Tensor | None
+    """[M, T]: the mean squared error of the noise predicted at each timestep."""
+    timesteps: list[int]
+    """Of the full chain, that the bound is a chain of."""
+    evaluations: int
+    """Of the network, on one image, for each model."""
+
+    def mean(self, model: int = 0) -> float:
+        return self.total[model].mean().item()
+
+    def standard_error(self, model: int = 0) -> float:
+        """Of the mean, over images and draws."""
+        return _standard_error(self.total[model])
+
+    @property
+    def difference(self) -> tuple[float, float]:
+        """The first model's mean minus the second's, and its standard error, of paired images."""
+        paired = self.total[0] - self.total[1]
+        return paired.mean().item(), _standard_error(paired)
+
+
+def _standard_error(values: Tensor) -> float:
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def measure_nll(
+    models: Sequence[Trained],
+    plan: NllPlan,
+    read: Read,
+    num_samples: int,
+    world: World,
+    *,
+    store: Store | None = None,
+    identity: object = None,
+    progress: bool = False,
+) -> Nll:
+    """The bound, on every rank alike, of a random choice of the images 0 .. num_samples-1, which `read` gives.
+
+    The order is random and depends on the seed, so that stopping early at a standard error is fair. Partial results
+    go to `store` under a name made from `identity` (of models and data) and the plan; the same call goes on there.
+    """
+    diffusions = {m.config.diffusion for m in models}
+    if len({d.timesteps for d in diffusions}) > 1:
+        raise ValueError("--against: the models differ in --diffusion.timesteps, so they share no timesteps to pair")
+    n = min(plan.images, num_samples)
+    ids = permutation(num_samples, "evaluation", plan.seed)[:n]
+    state = _Partial(store, (identity, plan.__dict__, num_samples))
+    content: dict[str, Any] | None = world.broadcast_object(state.load() if world.rank == 0 else None)
+    if content is None:
+        prepared = _prepare(models, plan, read, ids, world.device) if world.rank == 0 else None
+        content = {"frozen": world.broadcast_object(prepared), "totals": [[] for _ in models], "sums": None}
+    totals: list[list[float]] = content["totals"]
+    frozen: dict[str, Any] = content["frozen"]
+    sums = None if content["sums"] is None else torch.tensor(content["sums"], dtype=torch.float64)
+    measure = _Measure(models, plan, read, frozen, world.device)
+
+    bar = tqdm(total=n, initial=len(totals[0]), unit="image", desc=plan.name, disable=None if progress else True)
+    while len(totals[0]) < n and not _precise(totals, plan):
+        done = len(totals[0])
+        starts = range(done, n, plan.images_per_call)[: world.size]
+        blocks = [ids[start : min(start + plan.images_per_call, n)] for start in starts]
+        mine = measure(blocks[world.rank]) if world.rank < len(blocks) else None
+        # Every rank adds up all of them in their order, and so decides alike when to stop.
+        for result in world.gather(mine):
+            if result is None or _precise(totals, plan):
+                continue
+            for row, values in zip(totals, result[0].tolist(), strict=True):
+                row += values
+            sums = result[1] if sums is None else sums + result[1]
+        bar.update(len(totals[0]) - done)
+        if world.rank == 0:
+            state.save({"frozen": frozen, "totals": totals, "sums": sums}, final=False)
+    bar.close()
+    if world.rank == 0:
+        state.save({"frozen": frozen, "totals": totals, "sums": sums}, final=True)
+    assert sums is not None
+    count = len(totals[0])
+    terms = measure.terms
+    parts = (sums / count).view(len(models), -1)
+    return Nll(
+        torch.tensor(totals, dtype=torch.float64),
+        parts[:, 0],
+        parts[:, 1],
+        parts[:, 2 : 2 + terms] if terms else None,
+        parts[:, 2 + terms :] if terms else None,
+        measure.timesteps,
+        count * (terms or plan.draws + 1) + frozen["evaluations"],
+    )
+
+
+def _precise(totals: list[list[float]], plan: NllPlan) -> bool:
+    """Whether the standard error of each model's mean, and of a difference, is what was wanted."""
+    if plan.target_se is None or len(totals[0]) < LEAST_IMAGES:
+        return False
+    rows = torch.tensor(totals, dtype=torch.float64)
+    wanted = rows if len(rows) == 1 else rows[:1] - rows[1:]
+    return all(_standard_error(row) <= plan.target_se for row in wanted)
+
+
+class _Measure:
+    """Measures one block of images by each model: their totals [M, n], and the sums over them of all parts."""
+
+    def __init__(
+        self, models: Sequence[Trained], plan: NllPlan, read: Read, frozen: dict[str, Any], device: torch.device
+    ) -> None:
+        self.models, self.plan, self.read, self.device = models, plan, read, device
+        self.timesteps: list[int] = frozen["timesteps"]
+        keep = self.timesteps if plan.chain else None
+        self.diffusions = [Diffusion(m.config.diffusion, keep, device) for m in models]
+        self.exact = plan.exact or plan.chain is not None or len(self.timesteps) < 2
+        self.terms = len(self.timesteps) if self.exact else 0
+        self.probabilities = torch.tensor(frozen["probabilities"], dtype=torch.float64)
+
+    def __call__(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+        images, labels = self.read(ids)
+        index = torch.from_numpy(ids)
+        found = []
+        for model, diffusion in zip(self.models, self.diffusions, strict=True):
+            x, y, noise = _inputs(model, diffusion, images, labels, index, self.plan.seed, "nll", self.device)
+            with autocast(self.device, model.config.precision):
+                if self.exact:
+                    every, per_call = partial(noise, None), self.plan.timesteps_per_call
+                    bpd = exact_bpd(diffusion, model.model, x, every, y, timesteps_per_call=per_call)
+                    columns = [bpd.prior[:, None], bpd.vb[:, :1], bpd.vb, bpd.mse]
+                    total = bpd.total.double()
+                else:
+                    u = uniform(stream_key(self.plan.seed, "nll", "u"), index)
+                    sampled = sampled_bpd(diffusion, model.model, x, noise, u, self.probabilities, self.plan.draws, y)
+                    columns = [sampled.prior[:, None], sampled.decoder[:, None]]
+                    total = sampled.total
+            found.append((total.cpu(), torch.cat(columns, dim=1).double().sum(0).cpu()))
+        return torch.stack([total for total, _ in found]), torch.cat([parts for _, parts in found])
+
+
+def _inputs(
+    model: Trained,
+    diffusion: Diffusion,
+    images: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    seed: int,
+    stream: str,
+    device: torch.device,
+) -> tuple[Tensor, Tensor | None, Callable[[Tensor | None, Tensor | int], Tensor]]:
+    """Images as the model takes them, its labels, and noise(which of them or None for all, t)."""
+    x = images.to(device).to(model.dtype) / 127.5 - 1
+    y = labels.to(device) if model.config.model.num_classes is not None else None
+    index = index.to(device)
+
+    def noise(i: Tensor | None, t: Tensor | int) -> Tensor:
+        number = (index if i is None else index[i]) * diffusion.num_timesteps + t
+        return normal(stream_key(seed, stream), number, x.shape[1:]).to(x.dtype)
+
+    return x, y, noise
+
+
+def _prepare(
+    models: Sequence[Trained], plan: NllPlan, read: Read, ids: np.ndarray, device: torch.device
+) -> dict[str, Any]:
+    """What is fixed before the measurement: the chain, and the distribution of sampled timesteps.
+
+    From a few of the images with noise of their own: whatever the distribution, the estimate is unbiased.
+    """
+    config = models[0].config.diffusion
+    ids = ids[:PILOT_IMAGES]
+    images, labels = read(ids)
+
+    def inputs(model: Trained, diffusion: Diffusion) -> Any:
+        return _inputs(model, diffusion, images, labels, torch.from_numpy(ids), plan.seed, "pilot", device)
+
+    if plan.chain:
+        timesteps, evaluations = list(range(config.timesteps)), 0
+        count = int(plan.chain.removeprefix("best"))
+        if count > config.timesteps:
+            raise ValueError(f"--chain: got {plan.chain}, but the run has {config.timesteps} timesteps")
+        if plan.chain.startswith("best"):
+            timesteps = _best_timesteps(models[0], config, count, inputs, device)
+            evaluations = min(PATH_GRID, config.timesteps) * len(ids)
+        else:
+            timesteps = respace(config.timesteps, plan.chain)
+        return {"timesteps": timesteps, "probabilities": [], "evaluations": evaluations}
+    timesteps = list(range(config.timesteps))
+    if plan.exact or config.timesteps < 2:
+        return {"timesteps": timesteps, "probabilities": [], "evaluations": 0}
+    squares = []
+    for model in models:
+        diffusion = Diffusion(model.config.diffusion, device=device)
+        x, y, noise = inputs(model, diffusion)
+        with autocast(device, model.config.precision):
+            squares.append(pilot_sizes(diffusion, model.model, x, partial(noise, None), y).square())
+    probabilities = pilot_distribution(torch.stack(squares).mean(0).sqrt())
+    evaluations = min(80, config.timesteps - 1) * len(ids)
+    return {"timesteps": timesteps, "probabilities": probabilities.tolist(), "evaluations": evaluations}
+
+
+def _best_timesteps(
+    model: Trained, config: DiffusionConfig, count: int, inputs: Callable[..., Any], device: torch.device
+) -> list[int]:
+    grid = respace(config.timesteps, str(min(PATH_GRID, config.timesteps)))
+    diffusion = Diffusion(config, grid, device)
+    x, y, noise = inputs(model, diffusion)
+    with autocast(device, model.config.precision):
+        costs = jump_costs(diffusion, model.model, x, partial(noise, None), y)
+    return [grid[i] for i in best_path(costs, count)]
+
+
+class _Partial:
+    """What has been measured so far, in a file of the store."""
+
+    def __init__(self, store: Store | None, identity: object) -> None:
+        self.store = store
+        text = json.dumps(identity, sort_keys=True, default=str)
+        self.name = f"evaluation/nll-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        self.saved = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.store.read(self.name)) if self.store else None
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def save(self, content: dict[str, Any], final: bool) -> None:
+        if self.store and (final or time.monotonic() - self.saved > SAVE_S):
+            sums = content["sums"]
+            text = json.dumps(content | {"sums": None if sums is None else sums.tolist()})
+            self.store.write(self.name, text.encode())
+            self.saved = time.monotonic()

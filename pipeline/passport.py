@@ -1,0 +1,52 @@
+"""Numbers that know what they are: two whose passports differ are not compared."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+NORMAL_95 = 1.959964  # the normal distribution's 97.5 % quantile
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One value of one checkpoint, and everything else that it depends on."""
+
+    name: str
+    value: float
+    step: int
+    """The checkpoint's training step: not in the passport, since checkpoints are what one compares."""
+    passport: dict[str, Any]
+    standard_error: float | None = None
+    """None where the estimator has none that is known."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %, by the normal distribution; nan where there is no standard error."""
+        half = NORMAL_95 * (math.nan if self.standard_error is None else self.standard_error)
+        return self.value - half, self.value + half
+
+    def __str__(self) -> str:
+        text = f"{self.name:24s} {self.value:.4f}"
+        if self.standard_error is not None:
+            text += f" +- {self.standard_error:.4f} (95 %: {self.interval[0]:.4f} to {self.interval[1]:.4f})"
+        return f"{text}   [{', '.join(f'{name} {value}' for name, value in self.passport.items())}]"
+
+
+def check_comparable(a: Measured, b: Measured, vary: Collection[str] = ()) -> None:
+    """Raise ValueError, naming the fields, unless the two are the same measurement, but for the fields in `vary`."""
+    differ = [
+        f"{name}: {a.passport.get(name)} and {b.passport.get(name)}"
+        for name in sorted((a.passport.keys() | b.passport.keys()) - set(vary))
+        if a.passport.get(name) != b.passport.get(name)
+    ]
+    if a.name != b.name:
+        differ.insert(0, f"{a.name} and {b.name}")
+    if differ:
+        raise ValueError(f"{a.name} and {b.name} are not comparable: they differ in {'; '.join(differ)}")
+
+
+def difference(a: Measured, b: Measured, vary: Collection[str] = ()) -> float:
+    """a - b; ValueError where that would say nothing."""
+    check_comparable(a, b, vary)
+    return a.value - b.value

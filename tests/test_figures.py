@@ -1,0 +1,50 @@
+"""The figures: those without runs from the tables, and every other from a tiny run."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from conftest import tiny
+from PIL import Image
+
+from iddpm.config import DiffusionConfig
+from iddpm.diffusion import Diffusion
+from jobs.figures import FiguresConfig, alphas, main, variances
+from pipeline.loop import train
+from pipeline.world import World
+
+
+def test_the_tables_are_what_is_drawn() -> None:
+    rows, _ = variances()
+    first = {row["T"]: row["ratio"] for row in reversed(rows)}
+    for steps, ratio in first.items():
+        d = Diffusion(DiffusionConfig(timesteps=steps, schedule="linear"))
+        assert ratio == float(d.posterior_variance[1] / d.betas[1])
+    assert first[100] < first[1000] < first[4000]  # the more steps, the sooner the two variances agree
+    rows, _ = alphas()
+    half = {row["schedule"]: row["alpha_bar"] for row in rows if row["t_over_T"] == 0.5}
+    assert half["linear"] < 0.1
+    assert half["cosine"] == pytest.approx(0.49, abs=0.02)
+
+
+@pytest.mark.slow
+def test_every_figure_has_a_picture_and_its_data(digits: str, tmp_path: Path) -> None:
+    for name in ("cosine", "linear"):
+        flags = ("--horizon", "4steps", "--checkpoint-every", "2", "--diffusion.schedule", name)
+        flags += ("--diffusion.timesteps", "24", "--sample-every", "0")
+        train(tiny(digits, tmp_path / name, *flags), World())
+    runs = {"hybrid": str(tmp_path / "cosine"), "linear": str(tmp_path / "linear")}
+    main(FiguresConfig(str(tmp_path / "out"), digits, **runs, images=2, samples=8, steps=(2, 4)))
+    expected = {"alphas", "curves", "ddim-consistency", "ddim-interpolation", "gradient-noise", "nll-over-steps"}
+    expected |= {"noised", "quality-over-steps", "skipped-prefix", "terms", "variances"}
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == expected
+    for name in expected:
+        with (tmp_path / "out" / f"{name}.csv").open() as file:
+            assert len(list(csv.DictReader(file))) > 1, name
+        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+            assert picture.convert("L").getextrema()[0] < 128, name
+
+
+def test_a_class_conditional_run_is_refused(small_run: str, digits: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is class-conditional"):
+        main(FiguresConfig(str(tmp_path), digits, hybrid=small_run))
