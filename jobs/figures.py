@@ -285,9 +285,9 @@ def skipped_prefix(bench: Bench, runs: dict[str, str], steps: int = 50) -> tuple
     for name, run in runs.items():
         model = bench.load(run)
         config = model.config.diffusion
-        keep = respace(config.timesteps, str(steps))
+        keep = respace(config.timesteps, str(min(steps, config.timesteps)))
         for skipped in (0.0, 0.1, 0.2, 0.3, 0.4):
-            chain = Diffusion(config, keep[: round(steps * (1 - skipped))], bench.world.device)
+            chain = Diffusion(config, keep[: round(len(keep) * (1 - skipped))], bench.world.device)
             rows.append({"run": name, "skipped": skipped, "distance": bench.quality(model, chain, recipe)})
 
     def draw(axis: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,9 +187,7 @@ def test_data_that_does_not_fit_is_refused(digits: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 def test_a_damaged_shard_is_one_clear_error_and_loses_nothing(digits: str, tmp_path: Path, damage: str) -> None:
     data = tmp_path / "data"
-    data.mkdir()
-    for file in Path(digits).iterdir():
-        (data / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(digits, data)
     out = tmp_path / "run"
     flags = ("--data.url", str(data), "--data.window", "1", "--out", str(out), *TINY[2:])
     run_train("--batch-size", "16", *flags, "--horizon", "4steps")
