@@ -153,7 +153,7 @@ class Tracker:
         return path
 
     def close(self, status: str | None) -> None:
-        """End this attempt (FINISHED, FAILED or KILLED; None: no change) and give the shipper a last, bounded chance."""
+        """End this attempt (FINISHED, FAILED or KILLED; None: no news) and give the shipper a last, bounded chance."""
         if status:
             self._append({"kind": "status", "status": status})
         self._file.close()

@@ -330,7 +330,8 @@ def test_sample_and_evaluate_a_run(digits: str, tmp_path: Path) -> None:
     run_module("pipeline.sample", str(out), "--out", str(grid), "--count", "9", "--steps", "5")
     with Image.open(grid) as picture:
         assert picture.size == (200, 200)  # 3 x 3 tiles of 64 pixels and the lines between
-    said = run_module("pipeline.evaluate", str(out), "--images", "8", "--exact", "--out", str(tmp_path / "terms.csv")).stdout
+    exact = ("--images", "8", "--exact", "--out", str(tmp_path / "terms.csv"))
+    said = run_module("pipeline.evaluate", str(out), *exact).stdout
     assert "bits/dim" in said
     assert len((tmp_path / "terms.csv").read_text().splitlines()) == 1 + 20
     for flags, says in (
