@@ -184,7 +184,7 @@ def curves(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[Any], No
 
     def draw(axis: Any) -> None:
         _lines(axis, rows, "step", "bits_per_dim", "run", error="se")
-        axis.set(xlabel="training steps", ylabel="bits/dim", yscale="log")
+        axis.set(xlabel="training steps", ylabel="bits/dim")
 
     return rows, draw
 
@@ -256,6 +256,7 @@ def quality_over_steps(bench: Bench, run: str) -> tuple[Rows, Callable[[Any], No
     def draw(axis: Any) -> None:
         _lines(axis, rows, "steps", "distance", "sampler")
         axis.set(xlabel="sampling steps K", ylabel="Fréchet distance, own features", xscale="log", yscale="log")
+        _ticks(axis, bench.config.steps)
 
     return rows, draw
 
@@ -273,7 +274,8 @@ def nll_over_steps(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[
 
     def draw(axis: Any) -> None:
         _lines(axis, rows, "steps", "bits_per_dim", "chain", error="se")
-        axis.set(xlabel="steps K of the chain", ylabel="its bound, bits/dim", xscale="log", yscale="log")
+        axis.set(xlabel="steps K of the chain", ylabel="its bound, bits/dim", xscale="log")
+        _ticks(axis, bench.config.steps)
 
     return rows, draw
 
@@ -285,9 +287,9 @@ def skipped_prefix(bench: Bench, runs: dict[str, str], steps: int = 50) -> tuple
     for name, run in runs.items():
         model = bench.load(run)
         config = model.config.diffusion
-        keep = respace(config.timesteps, str(steps))
+        keep = respace(config.timesteps, str(min(steps, config.timesteps)))
         for skipped in (0.0, 0.1, 0.2, 0.3, 0.4):
-            chain = Diffusion(config, keep[: round(steps * (1 - skipped))], bench.world.device)
+            chain = Diffusion(config, keep[: round(len(keep) * (1 - skipped))], bench.world.device)
             rows.append({"run": name, "skipped": skipped, "distance": bench.quality(model, chain, recipe)})
 
     def draw(axis: Any) -> None:
@@ -346,6 +348,12 @@ def _lines(axis: Any, rows: Rows, x: str, y: str, by: str, prefix: str = "", err
             axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
+
+
+def _ticks(axis: Any, values: Sequence[int]) -> None:
+    """Just these on a logarithmic x axis."""
+    axis.set_xticks(values, list(map(str, values)))
+    axis.xaxis.minorticks_off()
 
 
 def _tiles(axis: Any, images: Tensor, columns: int) -> None:

@@ -257,18 +257,23 @@ def _track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) 
     run, folder = Store(config.run, config.storage), journal_dir(config.run)
     if run.local is None:
         fetch_journal(run, folder)
-    meta, recorded = trained.meta, record(trained.config)
-    statuses = [r["status"] for r in read_journal(folder) if r["kind"] == "status"]
+    meta = trained.meta
+    # A run that has ended has its status last; one that trains elsewhere meanwhile has none to be told again.
+    marks = [r.get("status") for r in read_journal(folder) if r["kind"] in ("status", "metrics", "tags")]
     tracker = Tracker(
         folder,
         config.tracking,
         uid=meta["uid"],
         name=config.tracking.name or config.run.rstrip("/").rsplit("/", 1)[-1],
-        run_config=recorded,
-        dataset={"url": trained.config.data.url, "name": "", "digest": str(meta["dataset_digest"])},
+        run_config=record(trained.config),
+        dataset={
+            "url": trained.config.data.url,
+            "name": trained.config.data.url.rstrip("/").rsplit("/", 1)[-1],
+            "digest": meta["dataset_digest"] or "unknown",
+        },
     )
     log_measured(tracker, trained.step, found)
-    tracker.close(statuses[-1] if statuses else "FINISHED")
+    tracker.close(marks[-1] if marks else "FINISHED")
     if run.local is None:
         run.write(JOURNAL, tracker.path.read_bytes())
 

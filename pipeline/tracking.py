@@ -148,9 +148,10 @@ class Tracker:
             self.last["image"] = step
         return path
 
-    def close(self, status: str) -> None:
-        """End this attempt (FINISHED, FAILED or KILLED) and give the shipper a last, bounded chance."""
-        self._append({"kind": "status", "status": status})
+    def close(self, status: str | None) -> None:
+        """End this attempt (FINISHED, FAILED or KILLED; None: no news) and give the shipper a last, bounded chance."""
+        if status:
+            self._append({"kind": "status", "status": status})
         self._file.close()
         if self.shipper:
             self.shipper.close()

@@ -116,3 +116,12 @@ def test_mlflow_gets_values_and_passports(digits: str, tmp_path: Path) -> None:
     assert json.loads(run.data.tags["eval/nll.passport"])["n"] == 4
     assert run.info.status == "FINISHED"
     assert torch.isfinite(torch.tensor(run.data.metrics["eval/nll_se"]))
+
+
+def test_a_run_that_is_still_training_keeps_its_status(digits: str, tmp_path: Path) -> None:
+    train(tiny(digits, tmp_path, "--horizon", "4steps", "--sample-every", "0"), World())
+    journal = tmp_path / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(line for line in lines if '"status"' not in line))  # as another process leaves it
+    main(EvaluateConfig(str(tmp_path), images=4, draws=2, **NO_TRACKING), World())
+    assert [r["kind"] for r in read_journal(tmp_path)][-1] == "evaluation"

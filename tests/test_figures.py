@@ -30,8 +30,8 @@ def test_the_tables_are_what_is_drawn() -> None:
 @pytest.mark.slow
 def test_every_figure_has_a_picture_and_its_data(digits: str, tmp_path: Path) -> None:
     for name in ("cosine", "linear"):
-        flags = ("--horizon", "4steps", "--checkpoint-every", "2", "--diffusion.schedule", name)
-        flags += ("--diffusion.timesteps", "24", "--sample-every", "0")
+        flags = ("--horizon", "2steps", "--checkpoint-every", "2", "--diffusion.schedule", name)
+        flags += ("--diffusion.timesteps", "21", "--sample-every", "0")
         train(tiny(digits, tmp_path / name, *flags), World())
     runs = {"hybrid": str(tmp_path / "cosine"), "linear": str(tmp_path / "linear")}
     main(FiguresConfig(str(tmp_path / "out"), digits, **runs, images=2, samples=8, steps=(2, 4)))

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,9 +187,7 @@ def test_data_that_does_not_fit_is_refused(digits: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 def test_a_damaged_shard_is_one_clear_error_and_loses_nothing(digits: str, tmp_path: Path, damage: str) -> None:
     data = tmp_path / "data"
-    data.mkdir()
-    for file in Path(digits).iterdir():
-        (data / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(digits, data)
     out = tmp_path / "run"
     flags = ("--data.url", str(data), "--data.window", "1", "--out", str(out), *TINY[2:])
     run_train("--batch-size", "16", *flags, "--horizon", "4steps")
@@ -331,9 +330,8 @@ def test_sample_and_evaluate_a_run(digits: str, tmp_path: Path) -> None:
     run_module("pipeline.sample", str(out), "--out", str(grid), "--count", "9", "--steps", "5")
     with Image.open(grid) as picture:
         assert picture.size == (200, 200)  # 3 x 3 tiles of 64 pixels and the lines between
-    said = run_module(
-        "pipeline.evaluate", str(out), "--images", "8", "--exact", "--out", str(tmp_path / "terms.csv")
-    ).stdout
+    exact = ("--images", "8", "--exact", "--out", str(tmp_path / "terms.csv"))
+    said = run_module("pipeline.evaluate", str(out), *exact).stdout
     assert "bits/dim" in said
     assert len((tmp_path / "terms.csv").read_text().splitlines()) == 1 + 20
     for flags, says in (

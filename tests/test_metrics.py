@@ -1,6 +1,7 @@
 """FID and its kin: torch-fidelity's values on given features, from moments that stream by."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +196,7 @@ def test_a_network_of_no_such_name_is_refused() -> None:
 def own(tmp_path_factory: pytest.TempPathFactory, digits: str) -> tuple[Store, Features]:
     """A copy of the digits, and features learnt from it."""
     folder = tmp_path_factory.mktemp("own") / "data"
-    folder.mkdir()
-    for file in Path(digits).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(digits, folder, ignore=shutil.ignore_patterns("evaluation"))
     store = Store(str(folder))
     return store, trained_features(store, load_index(store, "train"), World())
 
