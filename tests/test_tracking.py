@@ -178,7 +178,7 @@ def test_the_runs_of_a_study_are_children_of_one_run(tmp_path: Path, monkeypatch
     for name in ("a", "b"):
         child = tracker(tmp_path / name, uri, parent="ladder")
         child.log(3, {"train/loss": 1.0, "compute/train_flops": 3.0})
-        child.evaluation(3, {"eval/nll": 4.0})
+        child.evaluation(3, {"eval/nll": 4.0}, {})
         child.close("FINISHED")
     client = MlflowClient(uri)
     runs = client.search_runs([client.get_experiment_by_name("study").experiment_id])
