@@ -209,14 +209,15 @@ def gradient_noise(bench: Bench, run: str, batch: int = 32, count: int = 32) -> 
         important = torch.cat([sizes[:1], sizes])  # L_0 like L_1
         even = torch.full_like(important, 1 / len(important))
         for name, process, p in (
-            ("L_vlb", vlb, even),
             ("L_vlb, importance sampled", vlb, pilot_distribution(important)),
+            ("L_vlb", vlb, even),
             ("L_hybrid", hybrid, even),
         ):
             gradients = [_gradient(network, process, x, p, i, batch) for i in range(count)]
             mean = torch.stack(gradients).mean(0)
             covariance = torch.stack([(g - mean).square().sum() for g in gradients]).sum() / (count - 1)
-            signal = mean.square().sum() - covariance / count  # without what chance adds to it
+            if process is hybrid or p is not even:  # L_vlb's own gradient is the same one, lost in its noise
+                signal = mean.square().sum() - covariance / count  # without what chance adds to it
             rows.append({"objective": name, "step": step, "noise_scale": float(batch * covariance / signal),
                          "covariance": float(covariance), "signal": float(signal)})  # fmt: skip
 

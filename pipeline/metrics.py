@@ -47,7 +47,7 @@ class Features:
     name: str
     """"inception", or what the names of metrics end in."""
     digest: str
-    """Of its weights."""
+    """Of its layers and weights."""
     network: Callable[[Tensor], tuple[Tensor, Tensor]]
     """uint8 [n, C, H, W] -> features [n, D] and logits [n, K] (K = 0 where it is no classifier)."""
 
@@ -120,7 +120,7 @@ def torch_fidelity_features(name: str, weights: Path | None, device: torch.devic
         return features[0], features[1] if len(features) > 1 else features[0][:, :0]
 
     short = "inception" if name == INCEPTION else name
-    return Features(short, _digest(extractor.state_dict()), network)
+    return Features(short, _digest(extractor), network)
 
 
 class Classifier(nn.Module):
@@ -155,16 +155,17 @@ def trained_features(data: Store, index: ShardIndex, world: World, steps: int = 
     """
     if index.num_classes < 2:
         raise ValueError("--features trained: learns to tell the data's classes apart, and there are none")
-    name, weights = f"{CACHE}/features-{index.digest}.safetensors", None
+    network = Classifier(index.shape[0], index.num_classes)
+    recipe = hashlib.sha256(f"{network}{steps}".encode()).hexdigest()[:8]
+    name, weights = f"{CACHE}/features-{index.digest}-{recipe}.safetensors", None
     if world.rank == 0:
         try:
             weights = data.read(name)
         except FileNotFoundError:
             weights = _keep(data, name, save(_train_classifier(data, index, steps).state_dict()))
-    network = Classifier(index.shape[0], index.num_classes)
     network.load_state_dict(load(world.broadcast_object(weights)))
     network = network.to(world.device).eval().requires_grad_(False)
-    return Features(short_name(index), _digest(network.state_dict()), network)
+    return Features(short_name(index), _digest(network), network)
 
 
 def _train_classifier(data: Store, index: ShardIndex, steps: int) -> Classifier:
@@ -203,8 +204,9 @@ def short_name(index: ShardIndex) -> str:
     return words[-1] if words else "data"
 
 
-def _digest(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(network: nn.Module) -> str:
+    """Of the layers, some of which have no weights, and of the weights."""
+    digest, state = hashlib.sha256(repr(network).encode()), network.state_dict()
     for name in sorted(state):
         digest.update(name.encode() + state[name].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -18,6 +19,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from pipeline import metrics
 from pipeline.data import Cache, load_index
 from pipeline.metrics import (
+    Classifier,
     Features,
     Moments,
     dataset_reference,
@@ -219,6 +221,9 @@ def test_it_knows_the_digits_and_is_learnt_once(own: tuple[Store, Features]) -> 
     assert index.digest in name
     kept = store.read(name)
     assert trained_features(store, index, World()).digest == network.digest
+    # A network of other layers is another one, even where the weights are the same.
+    changed = nn.Sequential(*Classifier(1, 10).hidden[:-1])
+    assert metrics._digest(changed) != metrics._digest(nn.Sequential(*changed, nn.ReLU()))
     # Learnt anew, it is the same bit for bit.
     store.delete(name)
     assert trained_features(store, index, World()).digest == network.digest
