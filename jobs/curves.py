@@ -21,7 +21,8 @@ def draw(folders: Sequence[Path], out: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(3.2 * len(PANELS), 2.8), layout="constrained")
+    figure, grid = pyplot.subplots(2, 2, figsize=(6.4, 5.6), layout="constrained")
+    axes = grid.flatten()
     for folder in folders:
         rows = [r["metrics"] for r in read_journal(folder) if r["kind"] == "metrics"]
         if not rows:
@@ -29,7 +30,7 @@ def draw(folders: Sequence[Path], out: Path) -> None:
         for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
             points = [(row["train/images"], row[name]) for row in rows if row[name] > 0]
             axis.plot(*zip(*points, strict=True), label=folder.name, linewidth=1.2)
-            axis.set(title=title, xlabel="images", yscale="log")
+            axis.set(title=title, xlabel="images", xscale="log", yscale="log")
             axis.grid(alpha=0.3, which="both")
     if len(folders) > 1:
         axes[0].legend()
