@@ -279,7 +279,7 @@ _DTYPES = {  # as safetensors calls them
 class PartFile:
     """One part's tensors in memory, laid out as the safetensors file that holds them: a snapshot is the file.
 
-    Format: https://huggingface.co/docs/safetensors: the header's length (8 bytes), the header (JSON), the tensors.
+    The safetensors format: the header's length (8 bytes), the header (JSON), the tensors.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
