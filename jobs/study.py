@@ -23,7 +23,7 @@ from typing import IO, Annotated, Any, Literal
 import tyro
 
 from pipeline.config import TrainConfig, check_same_run, file_flags, horizon_steps, parse_flags, parse_train, record
-from pipeline.storage import Store
+from pipeline.storage import Store, mask
 from pipeline.tracking import Tracker, connect, find_or_create_run, journal_dir, read_journal, tracking_uri
 
 INTERRUPTED = 75
@@ -376,7 +376,8 @@ def _prepare(study: Study) -> None:
     try:
         find_or_create_run(connect(tracking_uri(tracking)), study.name, study.parent, study.name, {})
     except Exception as error:  # a tracking server's troubles are never the study's
-        print(f"warning: MLflow does not answer ({error}); the journals below {study.store} have all of it", flush=True)
+        reason = mask(str(error))
+        print(f"warning: MLflow does not answer ({reason}); the journals below {study.store} have all", flush=True)
 
 
 def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ that it fell to, so any number of workers trains the same run.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -25,7 +26,7 @@ from pipeline.config import TrainConfig, check_same_run, horizon_steps, record
 from pipeline.data import Batch, Cache, ShardIndex, epoch_digests, expected_digest, load_index, stream
 from pipeline.evaluate import EvaluateConfig, check_metrics, log_measured, measure
 from pipeline.hardware import device_name, peak_flops
-from pipeline.sample import Recipe, Trained, autocast, build_model, draw, ema_part, grid_png, with_weights
+from pipeline.sample import Recipe, Trained, autocast, build_model, draw, ema_part, grid_png, image_shape, with_weights
 from pipeline.storage import Store
 from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir
 from pipeline.world import World
@@ -324,10 +325,10 @@ def _open(config: TrainConfig, run: Store, world: World) -> tuple[ShardIndex, tu
     index = load_index(data, "train")
     check_metrics(config.eval_metrics, "--eval-metrics")
     model = config.model
-    if index.shape != (model.in_channels, model.image_size, model.image_size):
+    if index.shape != image_shape(config):
         raise ValueError(
             f"--data.url {config.data.url}: its images are {index.shape} (channels, height, width), expected"
-            f" {(model.in_channels, model.image_size, model.image_size)} by --model.in-channels and --model.image-size"
+            f" {image_shape(config)} by --model.in-channels and --model.image-size"
         )
     if model.num_classes is not None and model.num_classes < index.num_classes:
         raise ValueError(
@@ -505,7 +506,7 @@ class Clock:
             "train/images": float(state.images),
             "train/images_per_second": rate,
             "compute/train_flops": float(flops),
-            "compute/log10_train_flops": torch.tensor(float(flops), dtype=torch.float64).log10().item(),
+            "compute/log10_train_flops": math.log10(flops),
             "compute/utilization": rate * self.flops_per_image / self.peak,
         }
 

@@ -5,13 +5,13 @@ import itertools
 import multiprocessing
 import os
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import small_disk
 from s3 import FaultProxy, s3  # noqa: F401
 
 import pipeline.data as data
@@ -449,16 +449,9 @@ def test_cache_that_cannot_be_written_is_bypassed(remote, tmp_path, monkeypatch,
 
 def test_cache_on_a_full_disk(remote, tmp_path, caplog):
     store, index = remote
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("a small file system can be mounted by root only")
-    try:
+    with small_disk(tmp_path, "32k") as disk:
         expected = ids_of(take(store, index, 12))
         assert ids_of(take(store, index, 12, cache=Cache(disk / "cache", 1 << 20))) == expected
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
     assert caplog.text.count("the disk is full") == 1
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_module, run_train, tiny
+from conftest import ROOT, TINY, run_module, run_train, small_disk, tiny
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -224,28 +224,22 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(digits: 
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 40 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True)
-    if mount.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path, "40m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
 def test_a_disk_that_cannot_be_written_is_one_clear_error(
-    digits: str, tmp_path: Path, small_disk: Path, trouble: str
+    digits: str, tmp_path: Path, disk: Path, trouble: str
 ) -> None:
-    out, filler = small_disk / "run", small_disk / "filler"
+    out, filler = disk / "run", disk / "filler"
     train(tiny(digits, out, "--horizon", "4steps"), World())
     good = newest(out)
     if trouble == "full":
         subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], capture_output=True)  # until it is full
     else:
-        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     flags = [*TINY, "--data.url", digits, "--out", str(out)]
     result = run_train(*flags, check=False)
     assert result.returncode == 1
@@ -253,7 +247,7 @@ def test_a_disk_that_cannot_be_written_is_one_clear_error(
     assert "Traceback" not in result.stderr
     assert_same(newest(out), good)
 
-    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     filler.unlink(missing_ok=True)
     run_train(*flags)
     train(tiny(digits, tmp_path / "undisturbed"), World())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, tiny
+from conftest import TINY, small_disk, tiny
 from PIL import Image
 from s3 import KEY, SECRET, FaultProxy, credentials, free_ports, s3  # noqa: F401
 
@@ -229,22 +229,17 @@ def test_what_cannot_work_fails_at_once_with_advice(s3: str, shards: str, tmp_pa
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for one shard of the digits, but not for two."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("a small file system can be mounted by root only")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with small_disk(tmp_path, "800k") as disk:
+        yield disk
 
 
 def test_training_goes_on_where_the_cache_s_disk_is_full(
-    s3: str, shards: str, digits: str, tmp_path: Path, small_disk: Path  # noqa: F811
+    s3: str, shards: str, digits: str, tmp_path: Path, disk: Path  # noqa: F811
 ) -> None:  # fmt: skip
     out, flags = tmp_path / "run", ["--horizon", "30steps", "--batch-size", "64"]
-    remote = ["--data.url", shards, "--storage.endpoint-url", s3, "--data.cache-dir", str(small_disk / "cache")]
+    remote = ["--data.url", shards, "--storage.endpoint-url", s3, "--data.cache-dir", str(disk / "cache")]
     wait([start(tmp_path, [*TINY, *flags, *remote, "--out", str(out)])], tmp_path)
     said = log(tmp_path)
     assert said.count("is bypassed, shards stay in memory") == 1

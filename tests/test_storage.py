@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from conftest import small_disk
 from s3 import FAULTS, KEY, SECRET, FaultProxy, credentials, s3  # noqa: F401
 
 import pipeline.storage as storage
@@ -160,28 +161,23 @@ def test_disk_errors_fail_at_once(tmp_path, monkeypatch, code):
     assert (store.read("k"), [path.name for path in tmp_path.iterdir()]) == (b"good", ["k"])
 
 
-def test_full_disk(small_disk):
-    store = Store(small_disk)
+def test_full_disk(disk):
+    store = Store(disk)
     store.write("k", b"good")
     with pytest.raises(StorageError, match="the disk is full"):
         store.write("k", bytes(2 << 20))
-    source = Store(f"memory://{small_disk}")
+    source = Store(f"memory://{disk}")
     source.write("k", bytes(2 << 20))
     with pytest.raises(StorageError, match="the disk is full"):
-        source.download("k", small_disk / "copy")
-    (small_disk / "copy").unlink()
+        source.download("k", disk / "copy")
+    (disk / "copy").unlink()
     assert (store.read("k"), store.list()) == (b"good", ["k"])
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("a small file system can be mounted by root only")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def disk(tmp_path):
+    with small_disk(tmp_path, "1m") as disk:
+        yield disk
 
 
 def test_directory_that_cannot_be(tmp_path):
