@@ -27,7 +27,7 @@ from pipeline.nll import Nll, NllPlan, measure_nll
 from pipeline.passport import Measured
 from pipeline.sample import Recipe, Trained, draw_batches, image_shape, load_trained, write_out
 from pipeline.storage import StorageConfig, Store
-from pipeline.tracking import JOURNAL, Tracker, fetch_journal, journal_dir, read_journal
+from pipeline.tracking import JOURNAL, Tracker, fetch_journal, journal_dir, read_journal, run_name
 from pipeline.world import World
 
 
@@ -264,7 +264,7 @@ def _track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) 
         folder,
         config.tracking,
         uid=meta["uid"],
-        name=config.tracking.name or config.run.rstrip("/").rsplit("/", 1)[-1],
+        name=config.tracking.name or run_name(config.run),
         run_config=record(trained.config),
         dataset={
             "url": trained.config.data.url,

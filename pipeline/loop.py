@@ -28,7 +28,7 @@ from pipeline.evaluate import EvaluateConfig, check_metrics, log_measured, measu
 from pipeline.hardware import device_name, peak_flops
 from pipeline.sample import Recipe, Trained, autocast, build_model, draw, ema_part, grid_png, image_shape, with_weights
 from pipeline.storage import Store
-from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir
+from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir, run_name
 from pipeline.world import World
 
 INTERRUPTED = "interrupted.json"
@@ -367,7 +367,7 @@ def _recording(
         folder,
         config.tracking,
         uid=meta.get("uid") or find_uid(folder, record(config)),
-        name=config.tracking.name or config.out.rstrip("/").rsplit("/", 1)[-1],
+        name=config.tracking.name or run_name(config.out),
         run_config=record(config),
         dataset={"url": config.data.url, "name": index.source, "digest": index.digest},
     )

@@ -34,7 +34,12 @@ def journal_dir(out: str) -> Path:
         return Path(out)
     if out.startswith("file://"):
         return Path(urlsplit(out).path)
-    return Path("runs") / f"{out.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
+    return Path("runs") / f"{run_name(out)}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
+
+
+def run_name(out: str) -> str:
+    """What a run is called where it was given no name: the last part of its folder or URL."""
+    return out.rstrip("/").rsplit("/", 1)[-1]
 
 
 def read_journal(run: Path | Store) -> list[dict[str, Any]]:
