@@ -79,6 +79,10 @@ class Diffusion:
         self.log_betas = betas.log()
         self.alphas_cumprod = alphas_cumprod
         self.alphas_cumprod_prev = alphas_cumprod_prev
+        self.sqrt_alphas_cumprod = alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt()
+        self.sqrt_recip_alphas_cumprod = alphas_cumprod.rsqrt()
+        self.sqrt_recipm1_alphas_cumprod = (1 / alphas_cumprod - 1).sqrt()
         # q(x_{t-1} | x_t, x_0): DDPM equations 6 and 7.
         self.posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.posterior_mean_coef1 = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
@@ -89,6 +93,7 @@ class Diffusion:
         exact = alphas_cumprod_prev == 1
         self.posterior_log_variance_clipped = torch.where(exact, stand_in, self.posterior_variance).log()
         self.fixed_large_variance = torch.where(exact, stand_in, betas)
+        self.fixed_large_log_variance = self.fixed_large_variance.log()
 
     def jumps_from(self, t: int) -> "Diffusion":
         """A process of t timesteps, whose timestep s takes x_t straight to x_s: a step of any chain with both.
@@ -112,13 +117,13 @@ class Diffusion:
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> Gaussian:
         """q(x_t | x_0): DDPM equation 4."""
         variance = 1 - self.alphas_cumprod
-        mean = at(self.alphas_cumprod.sqrt(), t, x_start) * x_start
+        mean = at(self.sqrt_alphas_cumprod, t, x_start) * x_start
         return Gaussian(mean, at(variance, t, x_start), at(variance.log(), t, x_start))
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t made from x_start and standard normal `noise`: IDDPM equation 9."""
-        signal, sigma = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
-        return at(signal, t, x_start) * x_start + at(sigma, t, x_start) * noise
+        signal, sigma = at(self.sqrt_alphas_cumprod, t, x_start), at(self.sqrt_one_minus_alphas_cumprod, t, x_start)
+        return signal * x_start + sigma * noise
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
         """q(x_{t-1} | x_t, x_0): IDDPM equations 10 to 12, the log variance clipped at t = 0."""
@@ -128,13 +133,12 @@ class Diffusion:
 
     def xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The x_start from which `eps` makes x_t."""
-        ac = self.alphas_cumprod
-        return at(ac.rsqrt(), t, x_t) * x_t - at((1 / ac - 1).sqrt(), t, x_t) * eps
+        return at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * eps
 
     def eps_from_xstart(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
         """The noise that makes x_t from x_start."""
-        ac = self.alphas_cumprod
-        return (at(ac.rsqrt(), t, x_t) * x_t - x_start) / at((1 / ac - 1).sqrt(), t, x_t)
+        scaled = at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
+        return (scaled - x_start) / at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
 
     def p_mean_variance(
         self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None = None, clip_denoised: bool = True
@@ -190,7 +194,7 @@ class Diffusion:
             variance, log_variance = at(self.posterior_variance, t, x_t), smallest
         elif config.variance == "fixed_large":
             variance = at(self.fixed_large_variance, t, x_t)
-            log_variance = at(self.fixed_large_variance.log(), t, x_t)
+            log_variance = at(self.fixed_large_log_variance, t, x_t)
         elif config.variance == "learned":
             output, log_variance = output.chunk(2, dim=1)
             variance = log_variance.exp()

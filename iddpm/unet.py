@@ -1,10 +1,13 @@
 """The U-Net of IDDPM. Its state_dict has the names and shapes of the published improved-diffusion models."""
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from iddpm.config import GROUPS, UNetConfig
 
@@ -20,16 +23,47 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def norm_act(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """GroupNorm of x [N, C, H, W], scaled and shifted ([N, C, 1, 1]) where it is told how, then SiLU."""
+    h = group_norm(x, groups, weight, bias, eps)
+    if scale is not None and shift is not None:
+        h = h * (1 + scale) + shift
+    return F.silu(h)
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """In float32 at least, whatever the network runs in."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+
+
+@cache
+def compiled_norm_act() -> Callable[..., Tensor]:
+    """norm_act with its passes over memory fused, for networks of any widths and sizes."""
+    return torch.compile(norm_act, dynamic=True, fullgraph=True)
+
+
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm over 32 groups that computes in float32 at least, whatever the network runs in."""
+    """GroupNorm over 32 groups that computes in float32 at least."""
 
     def __init__(self, channels: int):
         super().__init__(GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        out = F.group_norm(x.to(dtype), self.num_groups, self.weight.to(dtype), self.bias.to(dtype), self.eps)
-        return out.to(x.dtype)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class NormAct(GroupNorm):
+    """What is between two convolutions, and bound by memory: the part of the network that is worth compiling."""
+
+    compiled = False
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        run = compiled_norm_act() if self.compiled else norm_act
+        # Slices, since the shapes of Parameters would be compiled in, each anew.
+        return run(x, self.num_groups, self.weight[:], self.bias[:], self.eps, scale, shift)
 
 
 class ResBlock(nn.Module):
@@ -38,15 +72,19 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, emb_channels: int, config: UNetConfig):
         super().__init__()
         self.scale_shift_norm = config.scale_shift_norm
-        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        # Identity stands where the published models count their SiLU as a layer.
+        self.in_layers = nn.Sequential(
+            NormAct(channels), nn.Identity(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
         emb_out = 2 * out_channels if config.scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
         self.out_layers = nn.Sequential(
-            GroupNorm(out_channels),
-            nn.SiLU(),
+            NormAct(out_channels),
+            nn.Identity(),
             nn.Dropout(config.dropout),
-            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
+        _zero(self.out_layers[-1])
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
@@ -55,8 +93,7 @@ class ResBlock(nn.Module):
         emb = self.emb_layers(emb)[:, :, None, None].to(h.dtype)
         if self.scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
-            h = self.out_layers[1:](h)
+            h = self.out_layers[1:](self.out_layers[0](h, scale, shift))
         else:
             h = self.out_layers(h + emb)
         return self.skip_connection(x) + h
@@ -70,16 +107,19 @@ class AttentionBlock(nn.Module):
         self.num_heads = num_heads
         self.norm = GroupNorm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+        _zero(self.proj_out)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        pixels = x.reshape(n, c, h * w)
-        qkv = self.qkv(self.norm(pixels))  # channels are [head, (q, k, v), channel of the head]
-        q, k, v = qkv.view(n, self.num_heads, 3, c // self.num_heads, h * w).transpose(3, 4).unbind(2)
+        # [N, pixels, C]: no copy in channels_last, and what linear layers and fused attention want.
+        pixels = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)
+        qkv = F.linear(pixels, self.qkv.weight.squeeze(2), self.qkv.bias)  # channels: [head, (q, k, v), of the head]
+        q, k, v = qkv.view(n, h * w, self.num_heads, 3, c // self.num_heads).transpose(1, 2).unbind(3)
         out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, pixels, channels of the head]
-        out = self.proj_out(out.transpose(2, 3).reshape(n, c, h * w))
-        return (pixels + out).view(n, c, h, w)
+        out = out.transpose(1, 2).reshape(n, h * w, c)
+        out = F.linear(out, self.proj_out.weight.squeeze(2), self.proj_out.bias)
+        return x + out.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
@@ -117,6 +157,7 @@ class UNet(nn.Module):
     """Images [N, in_channels, S, S], timesteps [N], labels (int64 [N] or None) -> [N, out_channels, S, S].
 
     Starts as the zero function. Images are cast to the dtype of the weights, the output is left in it.
+    `checkpoint_activations` trades time for memory: the backward pass computes each stage's activations anew.
 
     ValueError from forward if labels are missing, or given to an unconditional model.
     """
@@ -124,6 +165,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig, out_channels: int):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         channels, emb_channels = config.channels, 4 * config.channels
         self.time_embed = nn.Sequential(
             nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
@@ -168,7 +210,8 @@ class UNet(nn.Module):
                     size *= 2
                 self.output_blocks.append(Stage(stage))
 
-        self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), _zeroed(nn.Conv2d(width, out_channels, 3, padding=1)))
+        self.out = nn.Sequential(NormAct(width), nn.Identity(), nn.Conv2d(width, out_channels, 3, padding=1))
+        _zero(self.out[-1])
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         if (y is None) != (self.config.num_classes is None):
@@ -182,16 +225,26 @@ class UNet(nn.Module):
         h = x.to(dtype)
         skips = []
         for stage in self.input_blocks:
-            h = stage(h, emb)
+            h = self._run(stage, h, emb)
             skips.append(h)
-        h = self.middle_block(h, emb)
+        h = self._run(self.middle_block, h, emb)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+            h = self._run(stage, torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h)
 
+    def _run(self, stage: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return stage(h, emb)
+        return checkpoint(stage, h, emb, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
 
-def _zeroed(module: nn.Module) -> nn.Module:
-    # The last layer of each branch, so that every block starts as the identity.
-    for p in module.parameters():
+    def compile_blocks(self) -> None:
+        """Have what lies between the convolutions compiled when it first runs: one small function for all blocks."""
+        for module in self.modules():
+            if isinstance(module, NormAct):
+                module.compiled = True
+
+
+def _zero(layer: nn.Module) -> None:
+    # The last one of each branch, so that every block starts as the identity.
+    for p in layer.parameters():
         nn.init.zeros_(p)
-    return module

@@ -1,6 +1,7 @@
 """What this machine can do, and what a run needs of it."""
 
 import time
+from itertools import pairwise
 
 import torch
 
@@ -31,25 +32,36 @@ def memory_bytes(config: TrainConfig, share: int) -> dict[str, int]:
     with torch.device("meta"):
         model = UNet(config.model, config.diffusion.out_channels(config.model.in_channels))
         weights = sum(p.numel() for p in model.parameters()) * (8 if config.precision == "fp64" else 4)
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
         sizes: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            if tensor.untyped_storage()._cdata not in own:
+                sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
             return tensor
 
         image = torch.empty(1, config.model.in_channels, config.model.image_size, config.model.image_size)
         label = torch.empty(1, dtype=torch.int64) if config.model.num_classes is not None else None
+        stages: list[list[int]] = []  # of each stage: bytes of its input, and of all that was saved before it
+
+        def enter(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            stages.append([inputs[0].nbytes, sum(sizes.values())])
+
+        for stage in (*model.input_blocks, model.middle_block, *model.output_blocks):
+            stage.register_forward_pre_hook(enter)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = model(image, torch.empty(1), label)
-        for parameter in model.parameters():
-            sizes.pop(parameter.untyped_storage()._cdata, None)
+        activations = sum(sizes.values())
+        if config.launch.checkpoint_activations:  # all inputs, and one stage at a time
+            saved = [before for _, before in stages] + [activations]
+            activations = sum(size for size, _ in stages) + max(b - a for a, b in pairwise(saved))
         del output
     return {
         "weights": weights,
         "gradients": weights,
         "Adam": 2 * weights,
         "EMA": len(config.ema_rates) * weights,
-        "activations": sum(sizes.values()) * share * {"bf16": 1, "fp32": 2, "fp64": 4}[config.precision] // 2,
+        "activations": activations * share * {"bf16": 1, "fp32": 2, "fp64": 4}[config.precision] // 2,
     }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from iddpm.diffusion import Diffusion
+from iddpm.diffusion import Diffusion, Model
 from iddpm.ema import EMA
 from iddpm.flops import train_flops
 from iddpm.noise import normal, stream_key, uniform
@@ -51,6 +51,9 @@ class TrainState:
         """This rank's share of the digest of the sample ids that each epoch has consumed."""
         self.diffusion = Diffusion(config.diffusion, device=world.device)
         self.model = build_model(config).to(world.device)
+        self.model.checkpoint_activations = config.launch.checkpoint_activations
+        if config.launch.compile:
+            self.model.compile_blocks()
         self.params = dict(self.model.named_parameters())
         # What is differentiated: DDP averages the gradients over the ranks.
         self.network: nn.Module = self.model
@@ -443,18 +446,21 @@ def _int64(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
+@contextmanager
+def _average(state: TrainState) -> Iterator[Model]:
+    """The model with the first moving average, not training; not compiled either, which other shapes would redo."""
+    state.model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        yield with_weights(state.model, state.ema.weights(state.config.ema_rates[0]))
+    state.model.train()
+
+
 def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: World) -> None:
     """A grid of samples by the first moving average."""
     config = state.config
-    state.model.eval()
-    images = draw(
-        with_weights(state.model, state.ema.weights(config.ema_rates[0])),
-        config,
-        Recipe("ancestral", config.sample_steps, 0.0, config.seed),
-        config.sample_count,
-        world,
-    )
-    state.model.train()
+    recipe = Recipe("ancestral", config.sample_steps, 0.0, config.seed)
+    with _average(state) as model:
+        images = draw(model, config, recipe, config.sample_count, world)
     if tracker and images is not None:
         png = grid_png(images)
         path = tracker.image(state.step, "samples", png)
@@ -464,9 +470,7 @@ def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: Wo
 
 def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:
     """What `python -m pipeline.evaluate` would measure of the first moving average."""
-    config, rate = state.config, state.config.ema_rates[0]
-    state.model.eval()
-    model = with_weights(state.model, state.ema.weights(rate))
+    config = state.config
     plan = EvaluateConfig(
         config.out,
         config.eval_metrics,
@@ -475,8 +479,8 @@ def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:
         features="trained",
         storage=config.storage,
     )
-    found = measure([Trained(config, state.step, {}, rate, model)], plan, world, keep=False)
-    state.model.train()
+    with _average(state) as model:
+        found = measure([Trained(config, state.step, {}, config.ema_rates[0], model)], plan, world, keep=False)
     if tracker:
         log_measured(tracker, state.step, found)
         for value in found:

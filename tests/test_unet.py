@@ -198,3 +198,37 @@ def test_channels_last_and_meta():
     model.to(memory_format=torch.channels_last)
     assert error(model(x.to(memory_format=torch.channels_last), t, y), expected) < 1e-5
     assert model.to("meta")(x.to("meta"), t.to("meta"), y.to("meta")).shape == (2, 2, 8, 8)
+
+
+def test_checkpointed_activations_give_the_same_gradients_and_keep_less():
+    config = replace(SMALL, dropout=0.5)  # whose masks must be the same when computed anew
+
+    def gradients(checkpointed):
+        model = filled(config).train()
+        model.checkpoint_activations = checkpointed
+        kept = []
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            loss = model(*small_batch()).square().mean()
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}, sum(kept)
+
+    expected, all_kept = gradients(False)
+    got, kept = gradients(True)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert kept < all_kept / 2
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_what_eager_ones_do():
+    torch.compiler.reset()
+    expected, model, batch = filled(), filled(), small_batch()
+    model.compile_blocks()
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    out, want = model(*batch), expected(*batch)
+    assert error(out, want) < 1e-5
+    out.square().mean().backward()
+    want.square().mean().backward()
+    got, wanted = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, expected))
+    assert error(got, wanted) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4  # it was compiled
