@@ -8,10 +8,11 @@ ifeq ($(UV_DEFAULT_INDEX),)
 unexport UV_DEFAULT_INDEX
 endif
 
-.PHONY: help demo study test lint types lock clean
+.PHONY: help demo study bench test lint types lock clean
 help:
 	@echo "make demo   train a small IDDPM on real handwritten digits, here, and show what it learnt (minutes)"
 	@echo "make study  a small scaling study of the digits, with its report (under 45 minutes on two cores)"
+	@echo "make bench  speed, as ratios against peers and limits (under 15 minutes on two cores)"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff;  make types   mypy;  make lock   resolve the dependencies anew"
 
@@ -27,6 +28,11 @@ study: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# A peer to measure against, which nothing else needs.
+bench: $(INSTALLED)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c requirements.lock diffusers==0.42.1
+	$(BIN)/python -m benchmarks
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

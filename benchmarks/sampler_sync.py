@@ -5,7 +5,6 @@ nothing is synchronised; this project's, one collective of losses that overlaps 
 algorithm, three all_gathers, a host read of every element and a history updated one element at a time.
 """
 
-import argparse
 import multiprocessing
 import os
 import socket
@@ -14,13 +13,15 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+import tyro
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.table import Row, show
 from pipeline.config import LaunchConfig, TrainConfig
 from pipeline.data import Batch
 from pipeline.loop import TrainState, train_step
@@ -210,20 +211,17 @@ def work(rank: int, port: int, steps: int, batch_size: int, out: str) -> None:
     world.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="measured steps of each way (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=128, help="images over both workers (default %(default)s)")
-    options = parser.parse_args()
+def rows(
+    steps: Annotated[int, tyro.conf.arg(help="Measured steps of each way.")] = 60,
+    batch_size: Annotated[int, tyro.conf.arg(help="Images over both workers.")] = 128,
+) -> list[Row]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/result.pt"
         spawn = multiprocessing.get_context("spawn")
-        workers = [
-            spawn.Process(target=work, args=(rank, port, options.steps, options.batch_size, out)) for rank in range(2)
-        ]
+        workers = [spawn.Process(target=work, args=(rank, port, steps, batch_size, out)) for rank in range(2)]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -231,28 +229,26 @@ def main() -> None:
         if any(worker.exitcode for worker in workers):
             raise SystemExit("error: a worker failed")
         result = torch.load(out)
-    report(result, options.batch_size)
-
-
-def report(result: dict[str, Any], batch_size: int) -> None:
-    uniform = result["seconds"]["uniform"]
-    base = statistics.median(uniform)
-    print(f"2 workers over gloo on CPU, 1 thread each, global batch {batch_size}, digits preset, T = {TIMESTEPS}\n")
-    print(f"{'':14}{'step':>10}{'sync alone':>13}{'of a step':>11}{'seen in steps':>15}", end="")
-    print(f"{'collectives':>13}{'host reads':>12}")
-    for name, seconds in result["seconds"].items():
-        counts, alone = result["counts"][name], result["update"].get(name, 0.0)
-        # Of steps that followed each other: their difference is less noisy than that of two medians.
-        seen = statistics.median(with_it - without for with_it, without in zip(seconds, uniform, strict=True))
-        print(
-            f"{name:14}{statistics.median(seconds) * 1e3:>7.1f} ms{alone * 1e3:>10.2f} ms{alone / base:>11.2%}", end=""
-        )
-        print(f"{seen / base:>15.1%}{counts.get('collectives', 0):>13}{counts.get('host reads', 0):>12}")
+    step = statistics.median(result["seconds"]["uniform"])
     ours, original = result["update"]["this project"], result["update"]["the original"]
-    print(f"\nsync alone, the original over this project: {original / ours:.1f} x")
-    print("sync alone: the collectives and the update of the history with nothing to overlap them; seen in steps: what")
-    print("a step takes longer than one with uniform timesteps (noise included); collectives: the sampler's, not DDP's")
+
+    def per_step(name: str) -> str:
+        counts = result["counts"][name]
+        return f"{counts.get('collectives', 0)} collectives, {counts.get('host reads', 0)} host reads"
+
+    return [
+        Row("sampler sync, of a step", f"{ours * 1e3:.2f} ms", f"step {step * 1e3:.0f} ms", ours / step, 0.01, True),
+        Row("sampler sync", f"{ours * 1e3:.2f} ms", f"the original's {original * 1e3:.2f} ms", original / ours, 1.0),
+        Row(
+            "host reads of its step",
+            per_step("this project"),
+            per_step("the original"),
+            result["counts"]["this project"].get("host reads", 0),
+            0.0,
+            True,
+        ),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    print(show(tyro.cli(rows, description=__doc__)))

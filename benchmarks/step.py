@@ -1,0 +1,215 @@
+"""The training step and the sampling step beside plain ones: `python -m benchmarks.step`.
+
+The model is the papers' for 64x64 at 32 channels: 3 blocks a level, learned variance; batch 8. "plain" is the same
+model and step as the papers describe them (benchmarks/plain.py). The limit is what this machine's convolutions reach.
+"""
+
+import statistics
+import time
+from copy import deepcopy
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from benchmarks.plain import PlainTraining, plain_unet
+from benchmarks.table import Row, in_turns, median_ratio, show
+from iddpm.config import DiffusionConfig, UNetConfig
+from iddpm.diffusion import Diffusion, Model
+from iddpm.flops import count_parameters, train_flops
+from iddpm.sampling import ancestral, final
+from iddpm.schedule import respace
+from pipeline.config import LaunchConfig, TrainConfig
+from pipeline.data import Batch
+from pipeline.loop import TrainState, train_step
+from pipeline.sample import autocast
+from pipeline.world import World
+
+BATCH = 8
+MODEL = UNetConfig(image_size=64, channels=32, num_res_blocks=3)
+DIFFUSION = DiffusionConfig(timesteps=4000)
+CHAIN = 5
+"""Steps of the chain that is timed."""
+
+
+def config(precision: str, compiled: bool = False, checkpointed: bool = False) -> TrainConfig:
+    launch = LaunchConfig(compile=compiled, checkpoint_activations=checkpointed)
+    return TrainConfig(
+        batch_size=BATCH, precision=precision, model=MODEL, diffusion=DIFFUSION, launch=launch, ema_rates=(0.9999,)
+    )
+
+
+class Ours:
+    """This project's own step, on one batch again and again."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.state, self.world = TrainState(config, world), world
+        index = torch.arange(BATCH)
+        images = torch.randint(0, 256, (BATCH, 3, 64, 64), dtype=torch.uint8)
+        self.batch = Batch(images, torch.zeros(BATCH).long(), index, index)
+
+    def step(self) -> None:
+        train_step(self.state, self.batch, self.world)
+        self.state.ema.update(self.state.params)
+
+
+def diffusers_step(diffusion: Diffusion) -> "Peer | None":
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        return None
+    down, up = ("DownBlock2D",) * 2 + ("AttnDownBlock2D",) * 2, ("AttnUpBlock2D",) * 2 + ("UpBlock2D",) * 2
+    model = UNet2DModel(
+        sample_size=64,
+        in_channels=3,
+        out_channels=6,
+        layers_per_block=3,
+        block_out_channels=(32, 64, 96, 128),
+        down_block_types=down,
+        up_block_types=up,
+        resnet_time_scale_shift="scale_shift",
+        attention_head_dim=32,
+        norm_num_groups=32,
+    )
+    return Peer(model, diffusion)
+
+
+class Peer:
+    """diffusers' network of the same widths, blocks and attention, trained in its usual way."""
+
+    def __init__(self, model: torch.nn.Module, diffusion: Diffusion) -> None:
+        self.net, self.diffusion = model, diffusion
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+        self.model: Model = lambda x, t, _: model(x, t).sample
+
+    def step(self, x: Tensor, t: Tensor, noise: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.diffusion.training_losses(self.model, x, t, noise).loss.mean().backward()
+        self.optimizer.step()
+
+
+def conv_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a large 3x3 convolution, forward."""
+    x = torch.randn(8, 128, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
+    w = torch.randn(128, 128, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+    best = min(in_turns({"": lambda: F.conv2d(x, w, padding=1)}, 20)[""])
+    return 2 * 9 * 128 * 128 * 32 * 32 * 8 / best
+
+
+def rows(rounds: int = 10, compiled: bool = True) -> list[Row]:
+    torch.manual_seed(0)
+    world, diffusion = World(), Diffusion(DIFFUSION)
+    x, noise = torch.randn(BATCH, 3, 64, 64), torch.randn(BATCH, 3, 64, 64)
+    t = torch.randint(0, DIFFUSION.timesteps, (BATCH,))
+    ours = {
+        "fp32": Ours(config("fp32"), world),
+        "bf16": Ours(config("bf16"), world),
+        "bf16, activations checkpointed": Ours(config("bf16", checkpointed=True), world),
+    }
+    if compiled:
+        ours["bf16, compiled"] = Ours(config("bf16", compiled=True), world)
+    weights = dict(ours["fp32"].state.model.state_dict())
+    plain = PlainTraining(weights, MODEL, diffusion, 1e-4, 0.9999)
+    peer = diffusers_step(diffusion)
+    ways = {name: way.step for name, way in ours.items()}
+    ways["plain"] = lambda: plain.step(x, t, noise)  # type: ignore[assignment]
+    if peer:
+        ways["diffusers"] = lambda: peer.step(x, t, noise)  # type: ignore[assignment]
+    compiling = 0.0
+    if compiled:
+        start = time.perf_counter()
+        ours["bf16, compiled"].step()
+        compiling = time.perf_counter() - start
+    seconds = in_turns(ways, rounds)
+    middle = {name: statistics.median(found) for name, found in seconds.items()}
+    goals = {"fp32": 1.4, "bf16": 3.0}
+    found = [
+        Row(
+            f"train step, {name}",
+            f"{middle[name]:.3f} s",
+            f"plain fp32 {middle['plain']:.3f} s",
+            median_ratio(seconds["plain"], seconds[name]),
+            goals.get(name),
+        )
+        for name in ours
+    ]
+    flops = BATCH * train_flops(MODEL, 6)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        peak = conv_peak(dtype)
+        reached = flops / min(seconds[name])
+        found.append(
+            Row(
+                f"of the peak, {name}",
+                f"{reached / 1e9:.0f} GFLOP/s",
+                f"3x3 convolution {peak / 1e9:.0f}",
+                reached / peak,
+            )
+        )
+    if compiled:
+        found.append(Row("compiling", f"{compiling:.0f} s", "60 s", compiling / 60, 1.0, at_most=True))
+    if peer:
+        size = sum(p.numel() for p in peer.net.parameters()) / 1e6
+        found.append(
+            Row(
+                f"train step, fp32, {count_parameters(MODEL, 6) / 1e6:.1f}M parameters",
+                f"{middle['fp32']:.3f} s",
+                f"diffusers, {size:.1f}M {middle['diffusers']:.3f} s",
+                median_ratio(seconds["diffusers"], seconds["fp32"]),
+                1.0,
+            )
+        )
+    return found + _sampling(ours["fp32"].state, rounds)
+
+
+def _sampling(state: TrainState, rounds: int) -> list[Row]:
+    """A short chain; the plain loop has the plain network and fp32."""
+    full = state.config.diffusion
+    chain = Diffusion(full, keep=respace(full.timesteps, str(CHAIN)))
+    with torch.no_grad():  # a network that is not zero: the chains' ends are compared
+        for p in state.params.values():
+            p.add_(0.02 * torch.randn_like(p))
+    plain = plain_unet({name: p.contiguous() for name, p in state.params.items()}, state.config.model)
+    x_T = torch.randn(BATCH, 3, 64, 64)
+
+    def draw(model: Model, precision: str = "fp32") -> Tensor:
+        with autocast(torch.device("cpu"), precision):
+            return final(ancestral(model, chain, x_T, lambda t: x_T.roll(t + 1, 0)))
+
+    state.model.eval()
+    # In float64, because a chain multiplies rounding errors: what is compared is the method.
+    exact, small = deepcopy(state.model).double(), x_T[:2].double()
+    plain_exact = plain_unet(dict(exact.named_parameters()), state.config.model)
+    a, b = (final(ancestral(m, chain, small, lambda t: small.roll(t + 1, 0))) for m in (exact, plain_exact))
+    difference = float((a - b).abs().max())
+    ways = {
+        "plain": lambda: draw(plain),
+        "fp32": lambda: draw(state.model),
+        "bf16": lambda: draw(state.model, "bf16"),
+    }
+    seconds = in_turns(ways, rounds)
+    rate = {name: BATCH * CHAIN / statistics.median(found) for name, found in seconds.items()}
+    return [
+        Row(
+            f"sampling, {name}",
+            f"{rate[name]:.1f} image-steps/s",
+            f"plain fp32 {rate['plain']:.1f}",
+            median_ratio(seconds["plain"], seconds[name]),
+            {"bf16": 2.5}.get(name),
+        )
+        for name in ("fp32", "bf16")
+    ] + [Row("sampling less plain, in float64", f"{difference:.1e}", "1e-9", difference / 1e-9, 1.0, at_most=True)]
+
+
+def main(
+    rounds: Annotated[int, tyro.conf.arg(help="Measured rounds.")] = 10,
+    compiled: Annotated[bool, tyro.conf.arg(help="Measure the compiled step as well: a minute more.")] = True,
+) -> None:
+    """Print one table."""
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(show(rows(rounds, compiled)))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

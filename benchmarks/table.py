@@ -1,0 +1,55 @@
+"""What all benchmarks print: a measurement, what it is measured against, their ratio, and the ratio that is wanted."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    what: str
+    ours: str
+    against: str
+    """The peer or the limit, measured in the same run."""
+    ratio: float
+    goal: float | None = None
+    at_most: bool = False
+    """Whether the goal is an upper bound."""
+
+    @property
+    def missed(self) -> bool:
+        if self.goal is None:
+            return False
+        return self.ratio > self.goal if self.at_most else self.ratio < self.goal
+
+
+def show(rows: list[Row]) -> str:
+    """Aligned columns; a ratio that misses its goal is marked at the end of its line."""
+    cells = [("", "ours", "against", "ratio", "goal", "")]
+    for row in rows:
+        goal = "" if row.goal is None else f"{'<=' if row.at_most else '>='} {row.goal:g}"
+        cells.append((row.what, row.ours, row.against, f"{row.ratio:.3g}", goal, "  MISSED" if row.missed else ""))
+    widths = [max(len(line[i]) for line in cells) for i in range(6)]
+    return "\n".join(
+        f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e:>{widths[4]}}{f}".rstrip()
+        for a, b, c, d, e, f in cells
+    )
+
+
+def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way in each round, after one that is not counted. They take turns, so that what else the
+    machine does falls on all alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(over: list[float], under: list[float]) -> float:
+    """The median of the rounds' own ratios: less noisy than that of two medians."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
