@@ -66,10 +66,6 @@ def rows(
     mean, error = torch.stack(means), torch.stack(errors)
     gap = torch.stack(gaps)
     gap_error = math.hypot(gap.std() / math.sqrt(seeds), exact_error)
-    print(
-        f"  mean over seeds {mean.mean():.4f} +- {spread:.4f}, {(mean.mean() - exact.mean()) / spread:+.2f} standard"
-        " errors from exact"
-    )
     covered = ((mean - exact.mean()).abs() <= NORMAL_95 * error).double().mean()
     needed = {"exact": (exact.std() / SE) ** 2, "sampled": (error.mean() * math.sqrt(n) / SE) ** 2}
     cost = {"exact": needed["exact"] * steps, "sampled": needed["sampled"] * (draws + 1) + pilot}

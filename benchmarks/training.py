@@ -16,7 +16,7 @@ import torch
 from benchmarks.table import Row, show
 from pipeline.config import parse_train
 from pipeline.data import Batch
-from pipeline.loop import TrainState, train, train_step
+from pipeline.loop import TrainState, train_step
 from pipeline.prepare import prepare_digits
 from pipeline.world import World
 
@@ -55,8 +55,8 @@ def _precision(folder: Path) -> list[Row]:
     for name, flags in {"fp32": [], "seed": ["--seed", "1"], "bf16": ["--precision", "bf16"]}.items():
         fixed = f"--horizon {STEPS}steps --log-every 10 --sample-steps 1 --sample-count 1 --tracking.uri none"
         where = ["--out", str(folder / name), "--data.url", str(folder / "digits")]
-        config, _ = parse_train([*fixed.split(), *where, *flags])
-        train(config, World())
+        command = [sys.executable, "-m", "pipeline.train", *fixed.split(), *where, *flags]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         records = [json.loads(line) for line in (folder / name / "journal.jsonl").read_text().splitlines()]
         losses = [r["metrics"]["train/loss"] for r in records if r["kind"] == "metrics"]
         loss[name] = statistics.mean(losses[-len(losses) // 3 :])
