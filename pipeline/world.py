@@ -137,13 +137,14 @@ class World:
         For good: launchers send SIGTERM when another rank has gone, and this one still has to say why it goes.
         """
 
-        def ask(*_: object) -> None:
-            self._stop = True
-
-        # Under Ray the training function has a thread of its own, where handlers cannot be set.
+        # Under Ray we are in a thread of our own, where handlers cannot be set: there the driver has them.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                signal.signal(number, ask)
+                signal.signal(number, self.ask_to_stop)
+
+    def ask_to_stop(self, *_: object) -> None:
+        """Have `stop_agreed` say so, on every rank."""
+        self._stop = True
 
     def stop_agreed(self) -> bool:
         """Whether any rank has been asked to stop; call once a step: every rank gets the same answer.
@@ -232,8 +233,6 @@ def connect(config: LaunchConfig) -> World:
     launcher = detect_launcher() if config.launcher == "auto" else config.launcher
     if launcher == "local":
         return World(device=pick_device(config.device, 0), timeout_s=config.timeout_s)
-    if launcher == "ray":
-        raise ValueError("--launcher ray: only `python -m pipeline.train` starts workers under Ray")
     try:
         rank, size, local_rank, local_size = {"torchrun": _torchrun, "mpi": _mpi, "slurm": _slurm}[launcher]()
     except KeyError as missing:
@@ -385,6 +384,10 @@ def run_main(body: Callable[[World], int | None], config: LaunchConfig) -> NoRet
     """Run a program's body on every rank; end with its status (None: 0), or 1 after one line of error."""
     world: World | None = None
     try:
+        if (detect_launcher() if config.launcher == "auto" else config.launcher) == "ray":
+            from pipeline.launch import run_under_ray
+
+            raise SystemExit(run_under_ray(body, config))
         with together(connect(config)) as world:
             status = body(world) or 0
     except Exception as error:
