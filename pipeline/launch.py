@@ -49,12 +49,13 @@ def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> 
 
     flag = _stop_flag()
 
-    def ask(number: int, _: object) -> None:
+    def stop(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)  # the second one ends this process
-        flag.set.remote()
+        if not ray.get(flag.set.remote()):  # nobody trains yet, or the program has nothing to checkpoint
+            os.kill(os.getpid(), number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, ask)
+        signal.signal(number, stop)
 
     with tempfile.TemporaryDirectory(prefix="iddpm-ray-") as scratch, ThreadPoolExecutor(1) as thread:
         trainer = TorchTrainer(
@@ -82,18 +83,20 @@ def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> 
 
 
 def _stop_flag() -> Any:
-    """An actor by which this process, where signals arrive, tells all workers to stop."""
+    """An actor by which this process, where signals arrive, tells the workers that wait for one."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Flag:  # here, so that its process need not import what this module does
         def __init__(self) -> None:
-            self.event = asyncio.Event()
+            self.event, self.waiting = asyncio.Event(), 0
 
-        async def set(self) -> None:
+        async def set(self) -> int:
             self.event.set()
+            return self.waiting
 
         async def wait(self) -> None:
+            self.waiting += 1
             await self.event.wait()
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -104,6 +107,9 @@ def _work(body: Callable[[World], int | None], config: LaunchConfig, folder: str
     """On each worker, in a thread of its own: the body's status, or why trying again cannot help."""
     import ray.train
     import ray.train.torch
+
+    def on_signal(call: Callable[[], None]) -> None:
+        flag.wait.remote().future().add_done_callback(lambda told: None if told.exception() else call())
 
     if Path(folder).is_dir():
         os.chdir(folder)
@@ -116,8 +122,8 @@ def _work(body: Callable[[World], int | None], config: LaunchConfig, folder: str
         "ray",
         pick_device("cpu", 0) if config.device == "cpu" else ray.train.torch.get_device(),
         config.timeout_s,
+        on_signal,
     )
-    flag.wait.remote().future().add_done_callback(lambda asked: None if asked.exception() else world.ask_to_stop())
     try:
         with together(world):
             return body(world)

@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
 
 def run(config: TrainConfig, world: "World") -> int:
     """One rank's exit status."""
+    world.catch_signals()
     from pipeline.launch import report
     from pipeline.loop import train
     from pipeline.world import INTERRUPTED_STATUS

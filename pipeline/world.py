@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -66,6 +65,8 @@ class World:
     launcher: str = "local"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout_s: float = 300.0
+    on_signal: Callable[[Callable[[], None]], None] | None = None
+    """Has a function called at a signal, where they do not arrive at this process: under Ray."""
 
     def __post_init__(self) -> None:
         self._stop = False
@@ -137,14 +138,14 @@ class World:
         For good: launchers send SIGTERM when another rank has gone, and this one still has to say why it goes.
         """
 
-        # Under Ray we are in a thread of our own, where handlers cannot be set: there the driver has them.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                signal.signal(number, self.ask_to_stop)
+        def ask(*_: object) -> None:
+            self._stop = True
 
-    def ask_to_stop(self, *_: object) -> None:
-        """Have `stop_agreed` say so, on every rank."""
-        self._stop = True
+        if self.on_signal:
+            self.on_signal(ask)
+        else:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, ask)
 
     def stop_agreed(self) -> bool:
         """Whether any rank has been asked to stop; call once a step: every rank gets the same answer.
@@ -363,7 +364,6 @@ def together(world: World) -> Iterator[World]:
 
     A failed collective becomes a RankFailure; every other error is told to the other ranks and raised.
     """
-    world.catch_signals()
     try:
         yield world
         world.close()
@@ -390,6 +390,8 @@ def run_main(body: Callable[[World], int | None], config: LaunchConfig) -> NoRet
             raise SystemExit(run_under_ray(body, config))
         with together(connect(config)) as world:
             status = body(world) or 0
+    except KeyboardInterrupt:
+        status = 130
     except Exception as error:
         status = 1
         if world is None or world.should_tell(error):

@@ -13,10 +13,8 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -254,13 +252,12 @@ def test_what_cannot_go_right_is_not_tried_again(digits: str, tmp_path: Path, mo
 
     monkeypatch.setattr(ray.train, "get_context", Context)
     monkeypatch.setattr(World, "catch_signals", lambda self: None)
-    never = SimpleNamespace(wait=SimpleNamespace(remote=lambda: SimpleNamespace(future=Future)))
     cpu = ("--device", "cpu")
     wrong = tiny(digits, tmp_path / "out", *cpu, "--model.image-size", "16")
-    assert "its images are (1, 8, 8)" in str(_work(partial(run, wrong), wrong.launch, str(Path.cwd()), never))
+    assert "its images are (1, 8, 8)" in str(_work(partial(run, wrong), wrong.launch, str(Path.cwd()), None))
     absent = tiny(str(tmp_path / "absent"), tmp_path / "out", *cpu)
     with pytest.raises(OSError, match="absent"):
-        _work(partial(run, absent), absent.launch, str(Path.cwd()), never)
+        _work(partial(run, absent), absent.launch, str(Path.cwd()), None)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own modules
