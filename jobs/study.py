@@ -298,7 +298,7 @@ class Execute:
     study: tyro.conf.Positional[Path]
     """The study file."""
     launcher: Literal["local", "slurm", "ray"] = "local"
-    """local: here; slurm, ray: make the study ready and print the commands that submit it."""
+    """local: here; slurm: make the study ready and print the command that submits it; ray: submit a job for each."""
     jobs: int = 1
     """Runs at a time, here."""
     only: str | None = None
@@ -320,18 +320,15 @@ def execute(options: Execute) -> int:
     print(f"{study.name}: {len(study.runs) - len(todo)} of {len(study.runs)} runs are done", flush=True)
     if not todo:
         return 0
+    if options.launcher == "ray":
+        _submit(study, todo, options)
+        return 0
     _prepare(study)
     if options.launcher == "slurm":
         numbers = ",".join(str(study.runs.index(run)) for run in todo)
         inner = shlex.join([*command, "TASK", "--prefix", options.prefix or "srun --mpi=none --kill-on-bad-exit=1"])
         wrap = inner.replace("TASK", "$SLURM_ARRAY_TASK_ID")
         print(f"sbatch --array={numbers} --gpus-per-node=1 --requeue --open-mode=append --wrap {shlex.quote(wrap)}")
-        return 0
-    if options.launcher == "ray":
-        prefix = options.prefix or "env -u RAY_JOB_CONFIG_JSON_ENV_VAR"  # one worker, on the job's own GPU
-        for run in todo:
-            words = shlex.join([*command, run.name, "--prefix", prefix])
-            print(f"ray job submit --no-wait --entrypoint-num-gpus 1 -- {words}")
         return 0
 
     children = Children()
@@ -353,6 +350,44 @@ def execute(options: Execute) -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         statuses = list(pool.map(start, todo))
     return next((s for s in (INTERRUPTED, 1) if s in statuses), 1 if any(statuses) else 0)
+
+
+def _submit(study: Study, todo: Sequence[Run], options: Execute) -> None:
+    """A Ray job for each run that has none waiting or running, on one GPU (with `device: cpu`, on one CPU)."""
+    import yaml
+    from ray.exceptions import RayError
+    from ray.job_submission import JobSubmissionClient
+
+    out, file = study.runs[0].config.out, options.study.resolve()
+    if "://" not in out and not Path(out).is_absolute():
+        raise ValueError(f"out: got {out}, expected a URL, or an absolute path on a file system that all nodes share")
+    if not file.is_relative_to(Path.cwd()):
+        raise ValueError(f"study: got {file}, expected a file below {Path.cwd()}, which is what a Ray job brings along")
+    _prepare(study)
+    env = yaml.safe_load(Path(__file__).with_name("ray-env.yaml").read_text())
+    command = ["python", "-m", "jobs.study", "run", str(file.relative_to(Path.cwd())), "--only"]
+    prefix = options.prefix or "env -u RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the job itself, not on workers of its own
+    on_cpu = study.runs[0].config.launch.device == "cpu"
+    try:
+        client = JobSubmissionClient()
+        jobs = {job.submission_id: job.status for job in client.list_jobs()}
+        for run in todo:
+            name = f"{study.name}-{run.name}"
+            if (status := jobs.get(name)) and not status.is_terminal():
+                print(f"{name}: {status.lower()} already")
+                continue
+            if status:
+                client.delete_job(name)  # its name is taken again
+            client.submit_job(
+                entrypoint=shlex.join([*command, run.name, "--prefix", prefix]),
+                submission_id=name,
+                runtime_env=env,
+                entrypoint_num_cpus=1,
+                entrypoint_num_gpus=0 if on_cpu else 1,
+            )
+            print(f"{name}: submitted", flush=True)
+    except (RuntimeError, RayError) as error:
+        raise ValueError(f"Ray refuses: {str(error).splitlines()[0]}") from error
 
 
 def _find(study: Study, which: str) -> Run:

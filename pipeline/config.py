@@ -66,6 +66,8 @@ class LaunchConfig:
     """Who starts the workers; 'auto' looks at the environment."""
     workers: int | None = None
     """Workers to start under Ray; default: one per GPU of the cluster, or one per CPU where there is no GPU."""
+    min_workers: int = 1
+    """Workers that are enough for Ray to start with, or to go on with after a node is lost."""
     retries: int = 3
     """Times that Ray restarts a failed worker group from the newest checkpoint."""
     timeout_s: float = 300.0
@@ -78,7 +80,7 @@ class LaunchConfig:
     """Compute activations anew in the backward pass: much less memory, for about a third more time."""
 
     def __post_init__(self) -> None:
-        _positive(self, "", "timeout_s", *(["workers"] if self.workers is not None else []))
+        _positive(self, "", "timeout_s", "min_workers", *(["workers"] if self.workers is not None else []))
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,34 @@
-"""The run under Ray: this process starts the workers, where the other launchers have started us.
+"""Any program under Ray: this process starts the workers, where the other launchers have started us.
 
-Ray Train holds the worker group together and restarts it; the checkpoints are the run's own, so a restarted
-group resumes as every other start does.
+Ray Train holds the worker group together and restarts it, smaller where a node is lost; checkpoints are the run's
+own, so a restarted group resumes as every other start does.
 """
 
+import asyncio
 import functools
 import os
+import signal
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import StaleAttempt
-from pipeline.config import TrainConfig
-from pipeline.loop import train
+from pipeline.config import LaunchConfig
 from pipeline.world import RankFailure, World, pick_device, together
 
 
-def run_under_ray(config: TrainConfig) -> int:
-    """Train on the cluster this process is a driver of, or on a new one of this machine alone; the exit status.
+def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> int:
+    """Run a program's body on workers of the cluster this process is a driver of, or of a new one of this machine
+    alone; the exit status. The body must give the same with any number of workers: Ray may start it again with fewer.
 
     One worker per GPU of the cluster, or per CPU where it has no GPU, unless `--workers` says how many.
     """
-    config = replace(config, out=_absolute(config.out), data=replace(config.data, url=_absolute(config.data.url)))
-    if "/working_dir_files/" in config.out:
-        print(f"warning: --out {config.out} is in Ray's copy of the working directory; give a URL or an absolute path")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else Ray shows every line twice
+    # After a node is lost, Ray may wait for it once more before it asks which are left.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -34,40 +36,80 @@ def run_under_ray(config: TrainConfig) -> int:
     ray.init()
     cluster = ray.cluster_resources()
     gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
-    use_gpu = config.launch.device == "cuda" or (config.launch.device == "auto" and gpus > 0)
-    kind, count = ("GPUs", gpus) if use_gpu else ("CPUs", cpus)
-    workers = config.launch.workers or count
+    use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
+    workers = config.workers or (gpus if use_gpu else cpus)
+    if workers < config.min_workers:
+        raise ValueError(f"--workers: got {workers}, expected --min-workers {config.min_workers} or more")
     print(f"Ray: {workers} workers on a cluster with {gpus} GPUs and {cpus} CPUs", flush=True)
-    if not workers or workers > count:
-        print(f"warning: that is for {workers} {kind}; Ray waits until the cluster has so many", flush=True)
+    if workers > (gpus if use_gpu else cpus):
+        least = f"{config.min_workers} {'GPUs' if use_gpu else 'CPUs'}"
+        print(f"warning: that is more than there are; Ray starts as soon as there are {least}", flush=True)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "RAY_JOB_STOP_WAIT_TIME_S" not in os.environ:
+        print("warning: `ray job stop` will leave 3 seconds for a checkpoint; see docs/ray.md", flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="iddpm-ray-") as scratch:
+    flag = _stop_flag()
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # the second one ends this process
+        if not ray.get(flag.set.remote()):  # nobody trains yet, or the program has nothing to checkpoint
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, stop)
+
+    with tempfile.TemporaryDirectory(prefix="iddpm-ray-") as scratch, ThreadPoolExecutor(1) as thread:
         trainer = TorchTrainer(
-            functools.partial(_work, config, str(Path.cwd())),  # type: ignore[arg-type]
-            scaling_config=ScalingConfig(num_workers=max(workers, 1), use_gpu=use_gpu),
-            # Ray wants a folder for checkpoints of its own, and gets none.
-            run_config=RunConfig(
-                storage_path=scratch, failure_config=FailureConfig(max_failures=config.launch.retries)
+            functools.partial(_work, body, config, str(Path.cwd()), flag),  # type: ignore[arg-type]
+            scaling_config=ScalingConfig(
+                num_workers=(config.min_workers, workers),  # type: ignore[arg-type]  # typed as Ray Train V1's
+                use_gpu=use_gpu,
             ),
+            # Ray wants a folder for checkpoints of its own, and gets none.
+            run_config=RunConfig(storage_path=scratch, failure_config=FailureConfig(max_failures=config.retries)),
             torch_config=TorchConfig(
-                backend="nccl" if use_gpu else "gloo", timeout_s=int(config.launch.timeout_s) + 60 * use_gpu
+                backend="nccl" if use_gpu else "gloo", timeout_s=int(config.timeout_s) + 60 * use_gpu
             ),
         )
         try:
-            outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+            # In the main thread, fit() would replace the handler of SIGINT.
+            outcome = thread.submit(trainer.fit).result().return_value  # type: ignore[attr-defined]
         except TrainingFailedError as error:
-            print(f"error: after {config.launch.retries} retries: {error}", file=sys.stderr)
+            print(f"error: after {config.retries} retries: {error}", file=sys.stderr)
             return 1
-    if outcome != "finished":
+    if isinstance(outcome, str):
         print(f"error: {outcome}", file=sys.stderr)
         return 1
-    return 0
+    return outcome or 0
 
 
-def _work(config: TrainConfig, folder: str) -> str:
-    """On each worker, in a thread of its own: "finished", or why trying again cannot help."""
+def _stop_flag() -> Any:
+    """An actor by which this process, where signals arrive, tells the workers that wait for one."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class Flag:  # here, so that its process need not import what this module does
+        def __init__(self) -> None:
+            self.event, self.waiting = asyncio.Event(), 0
+
+        async def set(self) -> int:
+            self.event.set()
+            return self.waiting
+
+        async def wait(self) -> None:
+            self.waiting += 1
+            await self.event.wait()
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Flag).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def _work(body: Callable[[World], int | None], config: LaunchConfig, folder: str, flag: Any) -> int | str | None:
+    """On each worker, in a thread of its own: the body's status, or why trying again cannot help."""
     import ray.train
     import ray.train.torch
+
+    def on_signal(call: Callable[[], None]) -> None:
+        flag.wait.remote().future().add_done_callback(lambda told: None if told.exception() else call())
 
     if Path(folder).is_dir():
         os.chdir(folder)
@@ -78,12 +120,13 @@ def _work(config: TrainConfig, folder: str) -> str:
         context.get_local_rank(),
         context.get_local_world_size(),
         "ray",
-        pick_device("cpu", 0) if config.launch.device == "cpu" else ray.train.torch.get_device(),
-        config.launch.timeout_s,
+        pick_device("cpu", 0) if config.device == "cpu" else ray.train.torch.get_device(),
+        config.timeout_s,
+        on_signal,
     )
     try:
         with together(world):
-            return train(config, world, report=_report)
+            return body(world)
     except (ValueError, StaleAttempt) as error:
         return str(error)
     except RankFailure as failure:
@@ -92,12 +135,8 @@ def _work(config: TrainConfig, folder: str) -> str:
         raise
 
 
-def _report(step: int, values: dict[str, Any]) -> None:
+def report(step: int, values: dict[str, Any]) -> None:
+    """Tell Ray Train of a log line; every worker must."""
     import ray.train
 
     ray.train.report({"step": step, **values})
-
-
-def _absolute(url: str) -> str:
-    """A local path as seen from any folder; a URL as it is."""
-    return url if "://" in url else str(Path(url).absolute())

@@ -1,6 +1,7 @@
 """`python -m pipeline.train`: the command line over `pipeline.loop`, under any launcher."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,26 +17,25 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(describe(config))
         return
-    from pipeline.world import detect_launcher, run_main
+    from pipeline.world import run_main
 
-    launcher = detect_launcher() if config.launch.launcher == "auto" else config.launch.launcher
-    if launcher == "ray":
-        from pipeline.launch import run_under_ray
-
-        provide_digits(config)
-        raise SystemExit(run_under_ray(config))
-    run_main(lambda world: run(config, world), config.launch)
+    run_main(partial(run, config), config.launch)
 
 
 def run(config: TrainConfig, world: "World") -> int:
     """One rank's exit status."""
+    world.catch_signals()
+    from pipeline.launch import report
     from pipeline.loop import train
     from pipeline.world import INTERRUPTED_STATUS
 
+    ray = world.launcher == "ray"
+    if ray and "/working_dir_files/" in str(Path(config.out).absolute()) and "://" not in config.out:
+        world.say(f"warning: --out {config.out} is in Ray's copy of the working directory; give a URL or absolute path")
     if world.rank == 0:
         provide_digits(config)
     world.broadcast_object(None)  # the others wait for it
-    return INTERRUPTED_STATUS if train(config, world) == "interrupted" else 0
+    return INTERRUPTED_STATUS if train(config, world, report if ray else None) == "interrupted" else 0
 
 
 def provide_digits(config: TrainConfig) -> None:

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -66,6 +65,8 @@ class World:
     launcher: str = "local"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout_s: float = 300.0
+    on_signal: Callable[[Callable[[], None]], None] | None = None
+    """Has a function called at a signal, where they do not arrive at this process: under Ray."""
 
     def __post_init__(self) -> None:
         self._stop = False
@@ -140,8 +141,9 @@ class World:
         def ask(*_: object) -> None:
             self._stop = True
 
-        # Under Ray the training function has a thread of its own, where handlers cannot be set.
-        if threading.current_thread() is threading.main_thread():
+        if self.on_signal:
+            self.on_signal(ask)
+        else:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, ask)
 
@@ -232,8 +234,6 @@ def connect(config: LaunchConfig) -> World:
     launcher = detect_launcher() if config.launcher == "auto" else config.launcher
     if launcher == "local":
         return World(device=pick_device(config.device, 0), timeout_s=config.timeout_s)
-    if launcher == "ray":
-        raise ValueError("--launcher ray: only `python -m pipeline.train` starts workers under Ray")
     try:
         rank, size, local_rank, local_size = {"torchrun": _torchrun, "mpi": _mpi, "slurm": _slurm}[launcher]()
     except KeyError as missing:
@@ -364,7 +364,6 @@ def together(world: World) -> Iterator[World]:
 
     A failed collective becomes a RankFailure; every other error is told to the other ranks and raised.
     """
-    world.catch_signals()
     try:
         yield world
         world.close()
@@ -385,8 +384,14 @@ def run_main(body: Callable[[World], int | None], config: LaunchConfig) -> NoRet
     """Run a program's body on every rank; end with its status (None: 0), or 1 after one line of error."""
     world: World | None = None
     try:
+        if (detect_launcher() if config.launcher == "auto" else config.launcher) == "ray":
+            from pipeline.launch import run_under_ray
+
+            raise SystemExit(run_under_ray(body, config))
         with together(connect(config)) as world:
             status = body(world) or 0
+    except KeyboardInterrupt:
+        status = 130
     except Exception as error:
         status = 1
         if world is None or world.should_tell(error):

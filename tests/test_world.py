@@ -231,6 +231,18 @@ def test_a_signal_to_any_rank_stops_all_at_one_step(
     assert_same_run(out, reference)
 
 
+def be_told(_: World, number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_program_that_does_not_checkpoint_ends_at_once(tmp_path: Path, number: int, status: int) -> None:
+    with Ranks(1, tmp_path, in_world, be_told, number) as ranks:
+        assert ranks.join(60) == [status]
+        assert ranks.said(0) == ""
+
+
 @pytest.mark.parametrize(
     ("number", "rank", "told"),
     [
