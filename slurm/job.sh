@@ -25,7 +25,7 @@ pass_on() {
 
 # run COMMAND...: its exit status is then in `status`.
 run() {
-  local timer=""
+  local left="$patience"
   "$@" &
   command=$!
   if [[ "$heard" ]]; then
@@ -37,14 +37,11 @@ run() {
     wait "$command" || status=$?
     [[ "$heard" ]]
   do
-    if [[ -z "$timer" ]]; then
-      (sleep "$patience" && kill -KILL "$command") 2>/dev/null &
-      timer=$!
-    fi
+    while kill -0 "$command" 2>/dev/null; do
+      ((left-- > 0)) || kill -KILL "$command" 2>/dev/null || true
+      sleep 1
+    done
   done
-  if [[ "$timer" ]]; then
-    kill "$timer" 2>/dev/null || true
-  fi
 }
 
 # was_interrupted FLAGS...: whether the run that has these flags of pipeline.train says so itself, in its own folder.
