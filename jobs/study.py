@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ import tyro
 from pipeline.config import TrainConfig, check_same_run, file_flags, horizon_steps, parse_flags, parse_train, record
 from pipeline.storage import Store, mask
 from pipeline.tracking import Tracker, connect, find_or_create_run, journal_dir, read_journal, tracking_uri
+from pipeline.train import provide_digits, was_interrupted
 
 INTERRUPTED = 75
 
@@ -298,7 +300,7 @@ class Execute:
     study: tyro.conf.Positional[Path]
     """The study file."""
     launcher: Literal["local", "slurm", "ray"] = "local"
-    """local: here; slurm: make the study ready and print the command that submits it; ray: submit a job for each."""
+    """local: here; slurm: submit slurm/study.sh as an array; ray: submit a job for each run."""
     jobs: int = 1
     """Runs at a time, here."""
     only: str | None = None
@@ -321,15 +323,11 @@ def execute(options: Execute) -> int:
     if not todo:
         return 0
     if options.launcher == "ray":
-        _submit(study, todo, options)
+        _submit_jobs(study, todo, options)
         return 0
     _prepare(study)
     if options.launcher == "slurm":
-        numbers = ",".join(str(study.runs.index(run)) for run in todo)
-        inner = shlex.join([*command, "TASK", "--prefix", options.prefix or "srun --mpi=none --kill-on-bad-exit=1"])
-        wrap = inner.replace("TASK", "$SLURM_ARRAY_TASK_ID")
-        print(f"sbatch --array={numbers} --gpus-per-node=1 --requeue --open-mode=append --wrap {shlex.quote(wrap)}")
-        return 0
+        return _submit_array(study, todo, options.study)
 
     children = Children()
 
@@ -352,7 +350,18 @@ def execute(options: Execute) -> int:
     return next((s for s in (INTERRUPTED, 1) if s in statuses), 1 if any(statuses) else 0)
 
 
-def _submit(study: Study, todo: Sequence[Run], options: Execute) -> None:
+def _submit_array(study: Study, todo: Sequence[Run], file: Path) -> int:
+    """Submit an array of the runs to Slurm; sbatch's exit status."""
+    numbers = ",".join(str(study.runs.index(run)) for run in todo)
+    words = [f"--array={numbers}", f"--job-name={study.name}", "slurm/study.sh", str(file)]
+    if not shutil.which("sbatch"):
+        raise ValueError("--launcher slurm: there is no sbatch here; submit from one of the cluster's login nodes")
+    if not Path("slurm/study.sh").exists():
+        raise ValueError("--launcher slurm: there is no slurm/study.sh here; submit from the repository's root")
+    return subprocess.run(["sbatch", *words]).returncode
+
+
+def _submit_jobs(study: Study, todo: Sequence[Run], options: Execute) -> None:
     """A Ray job for each run that has none waiting or running, on one GPU (with `device: cpu`, on one CPU)."""
     import yaml
     from ray.exceptions import RayError
@@ -401,8 +410,6 @@ def _find(study: Study, which: str) -> Run:
 
 def _prepare(study: Study) -> None:
     """What must be there before many runs start at once: the data, the MLflow database, the runs' parent."""
-    from pipeline.train import provide_digits
-
     study.store.check(write=True)
     provide_digits(study.runs[0].config)
     tracking = study.runs[0].config.tracking
@@ -427,7 +434,8 @@ def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
     children = Children()
     for budget in todo:
         if status := children.run([*prefix, *run.command(budget)]):
-            return status
+            # srun kills the tasks that leave last, and their status hides the others'.
+            return INTERRUPTED if status > 128 and was_interrupted(run.config) else status
         measure(study, run, budget)
     return 0
 
@@ -441,10 +449,11 @@ class Children:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._end)
 
-    def _end(self, *_: object) -> None:
+    def _end(self, number: int, _: object) -> None:
         self.stop = True
         for process in list(self.running):
-            process.terminate()
+            # USR1 as it came, for at SIGTERM srun kills its tasks; Ctrl-C as SIGTERM, for srun would not pass it on.
+            process.send_signal(number if number == signal.SIGUSR1 else signal.SIGTERM)
 
     def run(self, command: Sequence[str], log: IO[bytes] | None = None, env: dict[str, str] | None = None) -> int:
         """The exit status of a command: INTERRUPTED where a signal ended it, or kept it from starting."""
@@ -457,7 +466,8 @@ class Children:
             process.terminate()
         status = process.wait()
         self.running.remove(process)
-        return INTERRUPTED if status == -signal.SIGTERM else status
+        # Killed (by srun's account: above 128) before it could catch the signal.
+        return INTERRUPTED if self.stop and not 0 <= status <= 128 else status
 
 
 def measure(study: Study, run: Run, budget: float) -> None:

@@ -20,6 +20,9 @@ from pipeline.storage import StorageConfig
 
 T = TypeVar("T")
 
+INTERRUPTED = "interrupted.json"
+"""In a run's folder where a signal stopped it: by this, whoever started it decides whether to start it again."""
+
 
 @dataclass(frozen=True)
 class DataConfig:

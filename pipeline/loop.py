@@ -22,7 +22,7 @@ from iddpm.flops import train_flops
 from iddpm.noise import normal, stream_key, uniform
 from iddpm.timesteps import make_sampler
 from pipeline.checkpoint import Checkpoints, Parts, Record, Writer
-from pipeline.config import TrainConfig, check_same_run, horizon_steps, record
+from pipeline.config import INTERRUPTED, TrainConfig, check_same_run, horizon_steps, record
 from pipeline.data import Batch, Cache, ShardIndex, epoch_digests, expected_digest, load_index, stream
 from pipeline.evaluate import EvaluateConfig, check_metrics, log_measured, measure
 from pipeline.hardware import device_name, peak_flops
@@ -31,8 +31,6 @@ from pipeline.storage import Store
 from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir, run_name
 from pipeline.world import World
 
-INTERRUPTED = "interrupted.json"
-"""Written to the run when a signal stopped it: whoever started it decides by this whether to start it again."""
 QUARTILES = 4
 DIGEST_EVERY = 100  # steps between comparisons of the ranks' timestep samplers
 
@@ -316,7 +314,6 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
                         _checkpoint(state, run, writer, tracker, index, world)
         if writer and tracker:
             writer.wait()
-            run.delete(INTERRUPTED)
             tracker.close("FINISHED")
     world.say(f"finished at step {state.step}: {config.out}")
     return "finished"
@@ -342,6 +339,7 @@ def _open(config: TrainConfig, run: Store, world: World) -> tuple[ShardIndex, tu
     if world.rank != 0:
         return index, None
     run.check(write=True)
+    run.delete(INTERRUPTED)  # an earlier attempt's
     found = Checkpoints(run).newest()
     if found and "optimizer" not in found[0].parts:
         raise ValueError(f"--out {config.out} holds converted weights, to sample and evaluate; give another --out")

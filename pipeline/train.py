@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import TrainConfig, horizon_steps, parse_train, record
+from pipeline.config import INTERRUPTED, TrainConfig, horizon_steps, parse_train, record
+from pipeline.storage import Store
 
 if TYPE_CHECKING:
     from pipeline.world import World
@@ -36,6 +37,11 @@ def run(config: TrainConfig, world: "World") -> int:
         provide_digits(config)
     world.broadcast_object(None)  # the others wait for it
     return INTERRUPTED_STATUS if train(config, world, report if ray else None) == "interrupted" else 0
+
+
+def was_interrupted(config: TrainConfig) -> bool:
+    """Whether a signal stopped the run's last attempt: its own word, where a launcher hides its exit status."""
+    return Store(config.out, config.storage).exists(INTERRUPTED)
 
 
 def provide_digits(config: TrainConfig) -> None:

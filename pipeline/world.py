@@ -239,7 +239,12 @@ def connect(config: LaunchConfig) -> World:
     except KeyError as missing:
         message = f"--launcher {launcher}: its variable {missing} is not set; is this process started by it?"
         raise ValueError(message) from None
-    device = pick_device(config.device, local_rank)
+    wanted = config.device
+    if launcher == "slurm" and wanted == "auto" and (gpus := int(os.environ.get("SLURM_GPUS_ON_NODE", 0))):
+        wanted = "cuda"  # a node whose GPUs have failed must not join the others with its CPU
+        if gpus < local_size:
+            raise ValueError(f"--ntasks-per-node: got {local_size}, expected {gpus}, the job's GPUs on this node")
+    device = pick_device(wanted, local_rank)
     if size > 1:
         join(config, rank, size, device)
     return World(rank, size, local_rank, local_size, launcher, device, config.timeout_s)

@@ -1,13 +1,17 @@
-"""A private Slurm on one machine: one controller, two nodes, its own munge. Ended by its own process ids."""
+"""A private Slurm on one machine: a controller, two nodes that can be lost, its own munge."""
 
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from conftest import ROOT
+from ranks import free_port, read
 
 CONF = """
 ClusterName=iddpm
@@ -21,6 +25,7 @@ SlurmdSpoolDir={folder}/spool-%n
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmdLogFile={folder}/slurmd-%n.log
 SlurmctldParameters=preempt_send_user_signal
+SlurmdParameters=config_overrides
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CryptoType=crypto/munge
@@ -28,32 +33,88 @@ MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SelectTypeParameters=CR_Core
-SchedulerParameters=bf_interval=5
+SchedulerParameters=bf_interval=1,sched_interval=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
-ReturnToService=2
+ReturnToService=1
 MinJobAge=3600
 KillWait=5
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-PartitionName=main Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 Gres=gpu:8
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 Gres=gpu:8
+PartitionName=main Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=node1,node2 PriorityTier=10
 """
 
 
 class Slurm:
-    """Commands run with `env`; `folder` has the logs."""
+    """Commands run with `env`; `folder` has the logs. The two nodes pretend to have 64 CPUs and 8 GPUs each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.env = os.environ | {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/usr/bin",
+            "OMP_NUM_THREADS": "1",
+            # The nodes' names are not in any DNS; real ones are, and need no MASTER_ADDR.
+            "MASTER_ADDR": "127.0.0.1",
         }
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def run(self, *command: str, timeout: float = 60) -> str:
         """Its stdout; raises CalledProcessError with the output where it fails."""
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, check=True, timeout=timeout).stdout
+        return subprocess.run(
+            command, cwd=ROOT, env=self.env, capture_output=True, text=True, check=True, timeout=timeout
+        ).stdout
+
+    def job(self, job: str) -> dict[str, str]:
+        """Its fields, such as JobState and Restarts; also of a job that has ended."""
+        text = self.run("scontrol", "show", "--oneliner", "job", job).splitlines()[0]
+        return dict(field.split("=", 1) for field in text.split() if "=" in field)
+
+    def tasks(self, job: str, node: str = "") -> list[int]:
+        """The process ids of what srun has started for a job (or an array), on this node or on both."""
+        jobs = {f"SLURM_JOB_ID={job}", f"SLURM_ARRAY_JOB_ID={job}"}
+        nodes = {f"SLURMD_NODENAME={name}" for name in ([node] if node else ["node1", "node2"])}
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = set((process / "environ").read_text().split("\0"))
+            except OSError:
+                continue  # ended meanwhile
+            if variables & jobs and variables & nodes and any(v.startswith("SLURM_STEP_ID=") for v in variables):
+                found.append(int(process.name))
+        return found
+
+    def start(self, name: str, *command: str) -> None:
+        program = shutil.which(command[0], path=self.env["PATH"])
+        assert program
+        with (self.folder / f"{name}-out.log").open("ab") as log:
+            self.daemons[name] = subprocess.Popen([program, *command[1:]], env=self.env, stdout=log, stderr=log)
+
+    def lose(self, node: str, job: str) -> None:
+        """The node loses its power: its daemon, the job's shepherd there and the tasks are gone at once."""
+        daemon = self.daemons[node]
+        tasks = self.tasks(job, node)
+        shepherds = {int(read(f"/proc/{pid}/stat").rpartition(")")[2].split()[1]) for pid in tasks}
+        for pid in [daemon.pid, *(pid for pid in shepherds if "slurmstepd" in read(f"/proc/{pid}/cmdline")), *tasks]:
+            os.kill(pid, signal.SIGKILL)
+        daemon.wait()
+
+    def boot(self, node: str) -> None:
+        """The node comes back, as after a reboot, which Slurm has not asked for; the administrator puts it to work."""
+        self.start(node, "slurmd", "-D", "-b", "-N", node)
+        self.until(lambda: "DOWN" in self.run("scontrol", "show", "node", node), "a node that is down")
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
+    def until(self, true: Callable[[], bool], what: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < deadline, f"no {what} after {seconds} s\n{self.logs()}"
+            time.sleep(0.05)
 
     def logs(self) -> str:
         return "\n".join(f"== {path.name}\n{path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))
@@ -68,53 +129,34 @@ def private_slurm(folder: Path) -> Iterator[Slurm]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
-    ports = [_free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
     conf = CONF.format(host=socket.gethostname().split(".")[0], folder=folder, ports=ports)
     (folder / "slurm.conf").write_text(conf)
+    for number in range(8):  # Slurm shares them out as if they were GPUs
+        (folder / f"gpu{number}").symlink_to("/dev/null")
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
 
     munge = [f"--key-file={key}", f"--socket={folder}/munge.socket", f"--pid-file={folder}/munge.pid"]
     munge += [f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"]
-    daemons = [
-        ["munged", "--foreground", "--force", *munge],
-        ["slurmctld", "-D", "-c"],
-        *(["slurmd", "-D", "-N", node] for node in ("node1", "node2")),
-    ]
-    processes: list[subprocess.Popen[bytes]] = []
     try:
-        for daemon in daemons:
-            program = shutil.which(daemon[0], path=slurm.env["PATH"])
-            assert program
-            with (folder / f"{daemon[0]}-out.log").open("ab") as log:
-                process = subprocess.Popen([program, *daemon[1:]], env=slurm.env, stdout=log, stderr=log)
-            processes.append(process)
-            if daemon[0] == "munged":
-                _until(lambda: (folder / "munge.socket").exists(), slurm, "munged's socket")
-        _until(lambda: _idle(slurm) == 2, slurm, "two idle nodes")
+        slurm.start("munged", "munged", "--foreground", "--force", *munge)
+        slurm.until((folder / "munge.socket").exists, "munged's socket")
+        slurm.start("slurmctld", "slurmctld", "-D", "-c")
+        for node in ("node1", "node2"):
+            slurm.start(node, "slurmd", "-D", "-N", node)
+        slurm.until(lambda: _idle(slurm) == 2, "two idle nodes")
         yield slurm
     finally:
-        for process in reversed(processes):
-            process.terminate()
-        for process in processes:
+        for daemon in reversed(slurm.daemons.values()):
+            daemon.terminate()
+        for daemon in slurm.daemons.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            process.kill()
+                daemon.wait(10)
+            daemon.kill()
 
 
 def _idle(slurm: Slurm) -> int:
     try:
-        return slurm.run("sinfo", "--noheader", "-N", "-o", "%T").split().count("idle")
+        return slurm.run("sinfo", "--noheader", "-N", "-p", "main", "-o", "%T").split().count("idle")
     except subprocess.CalledProcessError:
         return 0
-
-
-def _until(true: Callable[[], bool], slurm: Slurm, what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"no {what} after {seconds} s\n{slurm.logs()}"
-        time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])

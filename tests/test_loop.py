@@ -159,8 +159,10 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_good_checkpoint(
         step(state, batch, world)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
+    (tmp_path / INTERRUPTED).touch()  # by an earlier attempt
     with pytest.raises(NonFinite, match=r"step 10: .*last good checkpoint"):
         train(tiny(digits, tmp_path, "--horizon", "40steps"), World())
+    assert not (tmp_path / INTERRUPTED).exists()
     assert_same(newest(tmp_path), good)
     assert read_journal(tmp_path)[-1]["status"] == "FAILED"
 

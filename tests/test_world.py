@@ -53,6 +53,22 @@ def test_a_missing_gpu_is_an_error() -> None:
         pick_device("cuda", 0)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("gpus", "says"), [("2", "--device cuda: torch finds no GPU"), ("1", "--ntasks-per-node: got 2, expected 1")]
+)
+def test_a_slurm_job_that_has_gpus_does_not_train_on_cpus(monkeypatch, gpus: str, says: str) -> None:
+    """A node whose driver fails, or that was given too few, is an error, not a slow rank."""
+    step = {"PROCID": "1", "LOCALID": "1", "NODEID": "0", "JOB_ID": "1", "STEP_ID": "0", "GPUS_ON_NODE": gpus}
+    step |= {"STEP_NUM_TASKS": "2", "STEP_NUM_NODES": "1", "STEP_TASKS_PER_NODE": "2"}
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ValueError, match=says):
+        connect(LaunchConfig())
+
+
 @pytest.mark.parametrize(("n", "size"), [(10, 4), (8, 4), (3, 4), (7, 1)])
 def test_shares_cover_the_batch_in_order(n: int, size: int) -> None:
     worlds = [World() for _ in range(size)]

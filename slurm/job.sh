@@ -1,0 +1,81 @@
+# shellcheck shell=bash
+# What the batch scripts share: `run` a command that Slurm may stop, then `finish` the job, or have it start again.
+#
+# USR1 to this shell is Slurm's warning, before the time limit (--signal=B:USR1@120) and before preemption. It is
+# passed on, and the job is requeued. TERM is the end: by scancel, or because Slurm itself takes the job off its nodes.
+
+max_restarts="${MAX_RESTARTS:-200}" # of one job: what never ends by itself must not go on for ever
+patience=90                         # seconds from the warning; what has not ended then is ended, and goes on later
+
+if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+  echo "error: there is no Slurm job; submit this script with sbatch, or run it inside salloc" >&2
+  exit 2
+fi
+
+command="" warned="" ended="" heard=""
+trap 'warned=yes; echo "warned by Slurm"; pass_on' USR1
+trap 'ended=yes; pass_on' TERM INT
+
+pass_on() {
+  heard=yes
+  if [[ "$command" ]]; then
+    kill -USR1 "$command" 2>/dev/null || true
+  fi
+}
+
+# run COMMAND...: its exit status is then in `status`.
+run() {
+  local left="$patience"
+  "$@" &
+  command=$!
+  if [[ "$heard" ]]; then
+    pass_on # what came before it had started
+  fi
+  # A trapped signal ends `wait`, and not the command: wait again.
+  while
+    heard="" status=0
+    wait "$command" || status=$?
+    [[ "$heard" ]]
+  do
+    while kill -0 "$command" 2>/dev/null; do
+      ((left-- > 0)) || kill -KILL "$command" 2>/dev/null || true
+      sleep 1
+    done
+  done
+}
+
+# was_interrupted FLAGS...: whether the run that has these flags of pipeline.train says so itself, in its own folder.
+was_interrupted() {
+  python -c '
+import sys
+from pipeline.config import parse_train
+from pipeline.train import was_interrupted
+sys.exit(not was_interrupted(parse_train(sys.argv[1:])[0]))
+' "$@"
+}
+
+# Leave with `status`. What was interrupted (75), or killed by the warning or at the end of our patience (above 128),
+# is not done: the job starts again, from the top of its script.
+finish() {
+  local job="$SLURM_JOB_ID" state
+  if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then
+    job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" # the SLURM_JOB_ID of one of its tasks is the whole array's
+  fi
+  if [[ "$warned" ]] && ((status > 128)); then
+    status=75
+  fi
+  if ((status != 75)) || [[ "$ended" ]]; then
+    exit "$status"
+  fi
+  # In another state somebody else has decided, and scontrol would bring back even a job that was cancelled.
+  state="$(scontrol show job "$job")"
+  if [[ "$state" != *JobState=RUNNING* || "$state" != *BatchFlag=1* ]]; then
+    echo "interrupted; the same command goes on"
+  elif ((${SLURM_RESTART_COUNT:-0} >= max_restarts)); then
+    echo "interrupted, and not requeued: job $job has started again $max_restarts times (MAX_RESTARTS)" >&2
+  else
+    echo "interrupted: requeueing job $job"
+    scontrol requeue "$job"
+  fi
+  exit "$status"
+}
