@@ -26,6 +26,7 @@ from test_study import study_file
 from jobs.study import load_points, load_study
 from pipeline.launch import _work
 from pipeline.loop import train
+from pipeline.tracking import read_journal
 from pipeline.train import run
 from pipeline.world import World
 
@@ -201,9 +202,9 @@ def test_an_evaluation_on_two_nodes_is_that_of_one_process(
     job = Job(cluster, code, tmp_path / "log", *command("a"), "--workers", "2")
     assert job.wait() == 0, job.said()
     assert "(ip=127.0.0.3" in job.said()
-    alone = run_module(*command("b")).stdout
-    (line,) = [line for line in alone.splitlines() if line.startswith("nll ")]
-    assert line in job.said()
+    run_module(*command("b"))
+    (a,), (b,) = ([r for r in read_journal(tmp_path / out) if r["kind"] == "evaluation"] for out in "ab")
+    assert a["metrics"] == b["metrics"]
 
 
 @pytest.mark.slow
@@ -223,21 +224,21 @@ def test_a_stopped_job_a_killed_worker_and_a_lost_node_change_nothing(
     assert job.wait() == 0, job.said()
     step = json.loads((out / "interrupted.json").read_text())["step"]
     assert newest_step(out) == step < 120
-    assert f"interrupted at step {step}, checkpointed" in job.said()
 
     job = Job(cluster, code, tmp_path / "second.log", *command)
     job.reaches(step + 10, out)
-    assert f"resuming at step {step} of 120; launcher ray, 2 x CPU" in job.said()
-    assert "(ip=127.0.0.2" in job.said()
-    assert "(ip=127.0.0.3" in job.said()
     os.kill(cluster.training()[0], signal.SIGKILL)
     until(lambda: job.said().count("resuming at step") == 2, job.said)
     job.reaches(newest_step(out) + 10, out)
     cluster.kill(cluster.worker)
     assert job.wait() == 0, job.said()
+    assert f"resuming at step {step} of 120; launcher ray, 2 x CPU" in job.said()
+    assert "(ip=127.0.0.2" in job.said()
+    assert "(ip=127.0.0.3" in job.said()
     assert job.said().count("launcher ray, 2 x CPU") == 2
     assert job.said().count("launcher ray, 1 x CPU") == 1
-    assert job.said().count("step 120/120 loss") == 1
+    steps = [record["step"] for record in read_journal(out) if record["kind"] == "metrics"]
+    assert steps == sorted(set(steps))
     assert "'train/loss'" in job.said()  # reported to Ray
     assert_same_run(out, tmp_path / "alone")
 
