@@ -2,16 +2,11 @@
 the same run, since machines differ and are noisy; a ratio that misses its goal is marked.
 """
 
-import platform
-import subprocess
 import tempfile
-from datetime import date
 from pathlib import Path
 
-import torch
-
-from benchmarks import checkpoint, data, nll, sampler_sync, step, training
-from benchmarks.table import Row, show
+from benchmarks import checkpoint, data, nll, sampler_sync, scaling, step, training
+from benchmarks.table import Row, here, show
 from pipeline.prepare import prepare_digits
 
 
@@ -25,19 +20,13 @@ def main() -> None:
             "start, precision, memory": lambda: training.rows(folder),
             "bits/dim": lambda: nll.rows(str(folder / "fp32"), images=32, seeds=40),
             "timestep sampler": sampler_sync.rows,
+            "several processes": scaling.rows,
             "data": data.rows,
             "checkpoints": checkpoint.rows,
         }.items():
             print(f"measuring: {what} ...", flush=True)
             rows += measure()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    print(f"\n{date.today()}, {commit}, {_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(show(rows))
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    print(f"\n{here()}\n\n{show(rows)}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,7 @@ nothing is synchronised; this project's, one collective of losses that overlaps 
 algorithm, three all_gathers, a host read of every element and a history updated one element at a time.
 """
 
-import multiprocessing
-import os
-import socket
 import statistics
-import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
@@ -21,12 +17,11 @@ import tyro
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.table import Row, show
-from pipeline.config import LaunchConfig, TrainConfig
-from pipeline.data import Batch
-from pipeline.loop import TrainState, train_step
+from benchmarks.ranks import Steps, on_ranks
+from benchmarks.table import Row, in_turns, show
+from pipeline.config import TrainConfig
 from pipeline.presets import DIGITS
-from pipeline.world import World, connect
+from pipeline.world import World
 
 TIMESTEPS = 20
 """So few that the history is full after some steps: the sampler is measured in its working state."""
@@ -105,26 +100,6 @@ class Count(TorchDispatchMode):
         return counted
 
 
-class Run:
-    """One way of training, a step at a time."""
-
-    def __init__(self, config: TrainConfig, world: World, original: bool) -> None:
-        self.world, self.original = world, Original(TIMESTEPS) if original else None
-        self.state = TrainState(config, world)
-        lo, hi = world.share(config.batch_size)
-        shape = (config.model.in_channels, config.model.image_size, config.model.image_size)
-        images = torch.randint(0, 256, (hi - lo, *shape), dtype=torch.uint8)
-        self.batch = Batch(images, torch.zeros(hi - lo).long(), torch.arange(lo, hi), torch.arange(lo, hi))
-        if self.original:
-            self.state.sampler = Adapter(self.original, world, config.batch_size)  # type: ignore[assignment]
-
-    def step(self) -> float:
-        """Seconds."""
-        start = time.perf_counter()
-        train_step(self.state, self.batch, self.world)
-        return time.perf_counter() - start
-
-
 class Adapter:
     """The original's sampler in this project's step: losses do not travel with the step, but after it."""
 
@@ -168,27 +143,28 @@ class NoGather:
         return LocalGather(share, self.world.share(n)[0], n)
 
 
-def work(rank: int, port: int, steps: int, batch_size: int, out: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    world = connect(LaunchConfig(launcher="torchrun", device="cpu"))
+def original(config: TrainConfig, world: World) -> Steps:
+    """The project's step with the original's sampler."""
+    steps = Steps(config, NoGather(world))  # type: ignore[arg-type]
+    steps.state.sampler = Adapter(Original(TIMESTEPS), world, config.batch_size)  # type: ignore[assignment]
+    return steps
+
+
+def work(world: World, steps: int, batch_size: int) -> dict[str, Any]:
+    """Seconds of each step by way, seconds of an update, and what each way's step counts."""
     config = replace(
         DIGITS, batch_size=batch_size, diffusion=replace(DIGITS.diffusion, timesteps=TIMESTEPS), sample_steps=5
     )
     importance = replace(config, timestep_sampler="loss-second-moment")
     runs = {
-        "uniform": Run(config, world, original=False),
-        "this project": Run(importance, world, original=False),
-        "the original": Run(importance, NoGather(world), original=True),  # type: ignore[arg-type]
+        "uniform": Steps(config, world),
+        "this project": Steps(importance, world),
+        "the original": original(importance, world),
     }
     for run in runs.values():
         for _ in range(-(-12 * TIMESTEPS * 4 // batch_size)):  # until the histories are full
             run.step()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(steps):  # in turns, so that what else the machine does falls on all alike
-        for name, run in runs.items():
-            seconds[name].append(run.step())
+    seconds = in_turns({name: run.step for name, run in runs.items()}, steps)
     update = {}
     for name in ("this project", "the original"):
         sampler = runs[name].state.sampler
@@ -206,31 +182,16 @@ def work(rank: int, port: int, steps: int, batch_size: int, out: str) -> None:
         with Count() as count:
             run.step()
         counts[name] = count.seen
-    if rank == 0:
-        torch.save({"seconds": seconds, "update": update, "counts": {n: dict(c) for n, c in counts.items()}}, out)
-    world.close()
+    return {"seconds": seconds, "update": update, "counts": counts}
 
 
 def rows(
     steps: Annotated[int, tyro.conf.arg(help="Measured steps of each way.")] = 60,
     batch_size: Annotated[int, tyro.conf.arg(help="Images over both workers.")] = 128,
 ) -> list[Row]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        out = f"{folder}/result.pt"
-        spawn = multiprocessing.get_context("spawn")
-        workers = [spawn.Process(target=work, args=(rank, port, steps, batch_size, out)) for rank in range(2)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if any(worker.exitcode for worker in workers):
-            raise SystemExit("error: a worker failed")
-        result = torch.load(out)
+    result = on_ranks(2, work, steps, batch_size)
     step = statistics.median(result["seconds"]["uniform"])
-    ours, original = result["update"]["this project"], result["update"]["the original"]
+    ours, theirs = result["update"]["this project"], result["update"]["the original"]
 
     def per_step(name: str) -> str:
         counts = result["counts"][name]
@@ -238,7 +199,7 @@ def rows(
 
     return [
         Row("sampler sync, of a step", f"{ours * 1e3:.2f} ms", f"step {step * 1e3:.0f} ms", ours / step, 0.01, True),
-        Row("sampler sync", f"{ours * 1e3:.2f} ms", f"the original's {original * 1e3:.2f} ms", original / ours, 1.0),
+        Row("sampler sync", f"{ours * 1e3:.2f} ms", f"the original's {theirs * 1e3:.2f} ms", theirs / ours, 1.0),
         Row(
             "host reads of its step",
             per_step("this project"),

@@ -15,6 +15,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks.plain import PlainTraining, plain_unet
+from benchmarks.ranks import Steps
 from benchmarks.table import Row, in_turns, median_ratio, show
 from iddpm.config import DiffusionConfig, UNetConfig
 from iddpm.diffusion import Diffusion, Model
@@ -22,8 +23,7 @@ from iddpm.flops import count_parameters, train_flops
 from iddpm.sampling import ancestral, final
 from iddpm.schedule import respace
 from pipeline.config import LaunchConfig, TrainConfig
-from pipeline.data import Batch
-from pipeline.loop import TrainState, train_step
+from pipeline.loop import TrainState
 from pipeline.sample import autocast
 from pipeline.world import World
 
@@ -39,20 +39,6 @@ def config(precision: str, compiled: bool = False, checkpointed: bool = False) -
     return TrainConfig(
         batch_size=BATCH, precision=precision, model=MODEL, diffusion=DIFFUSION, launch=launch, ema_rates=(0.9999,)
     )
-
-
-class Ours:
-    """This project's own step, on one batch again and again."""
-
-    def __init__(self, config: TrainConfig, world: World) -> None:
-        self.state, self.world = TrainState(config, world), world
-        index = torch.arange(BATCH)
-        images = torch.randint(0, 256, (BATCH, 3, 64, 64), dtype=torch.uint8)
-        self.batch = Batch(images, torch.zeros(BATCH).long(), index, index)
-
-    def step(self) -> None:
-        train_step(self.state, self.batch, self.world)
-        self.state.ema.update(self.state.params)
 
 
 def diffusers_step(diffusion: Diffusion) -> "Peer | None":
@@ -104,12 +90,12 @@ def rows(rounds: int = 10, compiled: bool = True) -> list[Row]:
     x, noise = torch.randn(BATCH, 3, 64, 64), torch.randn(BATCH, 3, 64, 64)
     t = torch.randint(0, DIFFUSION.timesteps, (BATCH,))
     ours = {
-        "fp32": Ours(config("fp32"), world),
-        "bf16": Ours(config("bf16"), world),
-        "bf16, activations checkpointed": Ours(config("bf16", checkpointed=True), world),
+        "fp32": Steps(config("fp32"), world),
+        "bf16": Steps(config("bf16"), world),
+        "bf16, activations checkpointed": Steps(config("bf16", checkpointed=True), world),
     }
     if compiled:
-        ours["bf16, compiled"] = Ours(config("bf16", compiled=True), world)
+        ours["bf16, compiled"] = Steps(config("bf16", compiled=True), world)
     weights = dict(ours["fp32"].state.model.state_dict())
     plain = PlainTraining(weights, MODEL, diffusion, 1e-4, 0.9999)
     peer = diffusers_step(diffusion)

@@ -1,9 +1,16 @@
 """What all benchmarks print: a measurement, what it is measured against, their ratio, and the ratio that is wanted."""
 
+import os
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 
 class Row(NamedTuple):
@@ -34,6 +41,15 @@ def show(rows: list[Row]) -> str:
         f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e:>{widths[4]}}{f}".rstrip()
         for a, b, c, d, e, f in cells
     )
+
+
+def here() -> str:
+    """When, of which commit and on what machine."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return f"{date.today()}, {commit}, {processor}, {cores} cores, {threads} threads, torch {torch.__version__}"
 
 
 def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

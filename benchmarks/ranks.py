@@ -1,0 +1,54 @@
+"""Training steps on one batch, and processes on this machine that take them together."""
+
+import functools
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from ranks import Ranks
+
+from pipeline.config import LaunchConfig, TrainConfig
+from pipeline.data import Batch
+from pipeline.loop import TrainState, train_step
+from pipeline.world import World, run_main
+
+
+class Steps:
+    """This project's own step, on this rank's share of one random batch again and again."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self.state, self.world = TrainState(config, world), world
+        model, index = config.model, torch.arange(*world.share(config.batch_size))
+        shape = (len(index), model.in_channels, model.image_size, model.image_size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        self.batch = Batch(images, torch.zeros(len(index)).long(), index, index)
+
+    def step(self) -> None:
+        train_step(self.state, self.batch, self.world)
+        self.state.ema.update(self.state.params)
+
+
+def on_ranks(size: int, function: Callable[..., Any], *arguments: object) -> Any:
+    """What `function(world, *arguments)` returns on rank 0 of so many processes, of one thread each; plain data."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, config = Path(folder) / "result.json", LaunchConfig(launcher="torchrun", device="cpu")
+        body = functools.partial(_write, out, function, arguments)
+        with Ranks(size, Path(folder), run_main, body, config) as ranks:
+            statuses = ranks.join(600)
+            if any(status != 0 for status in statuses):
+                said = "".join(ranks.said(rank) for rank in range(size))
+                raise SystemExit(f"error: of {size} workers some failed, exit statuses {statuses}\n{said}")
+        return json.loads(out.read_text())
+
+
+def _write(out: Path, function: Callable[..., Any], arguments: tuple[Any, ...], world: World) -> None:
+    result = function(world, *arguments)
+    if world.rank == 0:
+        out.write_text(json.dumps(result))
