@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.study import Run, Study, table
+from jobs.study import Study, load_points, table
 from pipeline.scaling import (
     PAPER,
     ComputePoint,
@@ -26,7 +26,8 @@ from pipeline.scaling import (
     isoflop,
     warnings,
 )
-from pipeline.tracking import connect, find_or_create_run, journal_dir, tracking_uri
+from pipeline.storage import Store, mask
+from pipeline.tracking import connect, find_or_create_run, tracking_uri
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,13 +38,13 @@ FORMULA = {"L(C)": "L(C) = E + A·C^-a", "L(N, D)": "L(N, D) = E + A·N^-alpha +
 
 
 class Findings:
-    """What the points support, and why not the rest: `refused` has the reason of each thing that is missing."""
+    """What the points of one metric support, and why not the rest: `refused` has the reason of each thing missing."""
 
     def __init__(self, points: Sequence[ComputePoint]) -> None:
-        if not points:
-            raise ValueError("the study has no measured points yet; `run` it first")
         check_points(points)
         self.points = points
+        self.name = points[0].name
+        self.label = {"nll": "bits/dim", "fid": "FID"}.get(self.name, self.name)
         self.refused: dict[str, str] = {}
         self.fits: dict[str, ScalingFit] = {}
         self.held: dict[str, HeldOut] = {}
@@ -69,10 +70,11 @@ class Findings:
 
     def text(self) -> str:
         """Everything, for a terminal."""
-        lines = [f"{len(self.points)} points of {len({p.run for p in self.points})} runs; 95 % intervals over runs"]
+        runs = len({p.run for p in self.points})
+        lines = [f"{self.label}: {len(self.points)} points of {runs} runs; 95 % intervals over runs"]
         for law, fit in self.fits.items():
             lines += ["", f"{FORMULA[law]}   ({fit.runs} runs, residuals {fit.residuals.std():.2%})"]
-            lines += [f"  {n:6s} {v!r}   [{lo:.6g}, {hi:.6g}]" for n, (v, lo, hi) in fit.parameters().items()]
+            lines += [f"  {n:6s} {v!r:22}  [{lo:.6g}, {hi:.6g}]" for n, (v, lo, hi) in fit.parameters().items()]
         lines += ["", "held out: the largest budget, predicted from the others"]
         for law, held in self.held.items():
             lines.append(
@@ -89,56 +91,47 @@ class Findings:
         lines += [f"warning: {line}" for line in self.warnings]
         return "\n".join(lines)
 
-    def metrics(self) -> dict[str, float]:
-        """For the study's MLflow run."""
-        found: dict[str, float] = {}
-        for law, fit in self.fits.items():
-            short = "LC" if law == "L(C)" else "LND"
-            for name, (value, low, high) in fit.parameters().items():
-                found |= {
-                    f"fit/{short}_{name}": value,
-                    f"fit/{short}_{name}_low": low,
-                    f"fit/{short}_{name}_high": high,
-                }
-        return found
+    def plain(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return {
+            "points": [vars(p) for p in self.points],
+            "fits": {law: fit.parameters() for law, fit in self.fits.items()},
+            "held_out": {law: vars(held) | {"covered": held.covered} for law, held in self.held.items()},
+            "compute_optimal": {f"{b:.6g}": [vars(o) for o in optima] for b, optima in self.optima.items()},
+            "refused": self.refused,
+            "warnings": self.warnings,
+        }
 
 
-def report(study: Study, points: Sequence[ComputePoint], out: str | None) -> None:
+def report(study: Study, out: str | None) -> None:
     """Print the findings; with `out`, write the report into that folder (default: in the study's) and to MLflow."""
-    findings = Findings(points)
-    print(findings.text())
+    every: list[Findings] = []
+    for name, points in load_points(study).items():
+        try:
+            every.append(Findings(points))
+            print(every[-1].text() + "\n")
+        except ValueError as error:  # what one metric's points have is nothing against the others
+            print(f"refused: {name}: {error}")
+    if not every:
+        raise ValueError("the study has no points to fit yet; `run` it first")
     if out is None:
         return
     folder = Path(out) if out else (study.store.local or Path("runs") / study.name) / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = figures(findings)
-    for name, (figure, _) in pictures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
-    (folder / "fit.json").write_text(json.dumps(_plain(findings), indent=1))
-    (folder / "report.html").write_text(page(study, findings, {n: c for n, (_, c) in pictures.items()}, folder))
-    print(f"\n{folder / 'report.html'}")
+    (folder / "fit.json").write_text(json.dumps({findings.name: findings.plain() for findings in every}, indent=1))
+    (folder / "report.html").write_text(page(study, every, folder))
+    print(folder / "report.html")
     tracking = study.runs[0].config.tracking
     if tracking.uri != "none":
         try:
             client = connect(tracking_uri(tracking))
             run_id = find_or_create_run(client, study.name, study.parent, study.name, {})
-            for key, value in findings.metrics().items():
-                client.log_metric(run_id, key, value)
+            text = "\n\n".join(findings.text() for findings in every)
+            client.set_tag(run_id, "mlflow.note.content", f"```\n{text[:7900]}\n```")  # MLflow takes 8,000 characters
             client.log_artifacts(run_id, str(folder), "report")
             client.set_terminated(run_id)
         except Exception as error:  # a tracking server's troubles are never the report's
-            print(f"warning: MLflow did not take the report: {error}")
-
-
-def _plain(findings: Findings) -> dict[str, Any]:
-    return {
-        "points": [vars(p) for p in findings.points],
-        "fits": {law: fit.parameters() for law, fit in findings.fits.items()},
-        "held_out": {law: vars(held) | {"covered": held.covered} for law, held in findings.held.items()},
-        "compute_optimal": {f"{b:.6g}": [vars(o) for o in optima] for b, optima in findings.optima.items()},
-        "refused": findings.refused,
-        "warnings": findings.warnings,
-    }
+            print(f"warning: MLflow did not take the report: {mask(str(error))}")
 
 
 # ---------------------------------------------------------------------------------------- figures
@@ -154,8 +147,8 @@ def figures(findings: Findings) -> "dict[str, tuple[Figure, str]]":
         drawn["isoflop"] = _isoflop(findings)
     if findings.fits:
         drawn["residuals"] = _residuals(findings)
-    if "L(C)" in findings.fits:
-        drawn["papers"] = _papers(findings.fits["L(C)"], findings.points)
+    if "L(C)" in findings.fits and findings.name in PAPER:
+        drawn["papers"] = _papers(findings)
     return drawn
 
 
@@ -179,7 +172,7 @@ def _colors(sizes: Sequence[float]) -> dict[float, Any]:
 
 def _frontier(findings: Findings) -> "tuple[Figure, str]":
     points = findings.points
-    figure, axis = _axes("Bits/dim over training compute", "training compute, FLOPs", "bits/dim")
+    figure, axis = _axes(f"{findings.label} over training compute", "training compute, FLOPs", findings.label)
     for size, color in _colors(sorted({p.parameters for p in points})).items():
         own = sorted((p for p in points if p.parameters == size), key=lambda p: p.flops)
         axis.plot([p.flops for p in own], [p.value for p in own], "o", color=color, ms=4, label=f"{size / 1e6:.3g}M")
@@ -189,7 +182,7 @@ def _frontier(findings: Findings) -> "tuple[Figure, str]":
         grid = np.geomspace(best[0].budget / 1.5, findings.last * 4, 100)
         low, high = fit.band(grid)
         a = fit.parameters()["a"]
-        axis.plot(grid, fit.predict(grid), color="crimson", lw=1.4, label=f"E + A C^-a, a = {a[0]:.3f}")
+        axis.plot(grid, fit.predict(grid), color="crimson", lw=1.4, label=f"$E + A C^{{-a}}$, a = {a[0]:.3f}")
         axis.fill_between(grid, low, high, color="crimson", alpha=0.15, lw=0)
     if held := findings.held.get("L(C)"):
         bars = [[max(0, held.predicted - held.low)], [max(0, held.high - held.predicted)]]
@@ -206,7 +199,7 @@ def _frontier(findings: Findings) -> "tuple[Figure, str]":
 
 def _isoflop(findings: Findings) -> "tuple[Figure, str]":
     curves = isoflop(findings.points)
-    figure, axis = _axes("Bits/dim over size, at equal compute", "weights", "bits/dim")
+    figure, axis = _axes(f"{findings.label} over size, at equal compute", "weights", findings.label)
     for curve, color in zip(curves, _colors(range(len(curves))).values(), strict=True):
         own = [p for p in findings.points if p.budget == curve.budget]
         axis.plot([p.parameters for p in own], [p.value for p in own], "o", color=color, ms=4)
@@ -228,16 +221,25 @@ def _residuals(findings: Findings) -> "tuple[Figure, str]":
     for law, fit in findings.fits.items():
         best = {(b.budget, b.parameters) for b in frontier(findings.points)}
         own = [p for p in findings.points if law != "L(C)" or (p.budget, p.parameters) in best]
-        axis.plot([p.flops for p in own], fit.residuals, "o" if law == "L(C)" else "x", ms=5, label=law)
+        axis.plot(
+            [p.flops for p in own],
+            fit.residuals,
+            "o" if law == "L(C)" else "x",
+            ms=5,
+            label=law + ", frontier" * (law == "L(C)"),
+        )
     axis.axhline(0, color="black", lw=0.8)
     axis.legend(fontsize=8)
     return figure, "Residuals of both laws: a trend over compute would say that a law has the wrong form."
 
 
-def _papers(fit: ScalingFit, points: Sequence[ComputePoint]) -> "tuple[Figure, str]":
+def _papers(findings: Findings) -> "tuple[Figure, str]":
     from matplotlib.ticker import NullFormatter
 
-    figure, axis = _axes("What is reducible, beside IDDPM's fits", "training compute, MACs", "value - E")
+    fit, points = findings.fits["L(C)"], findings.points
+    figure, axis = _axes(
+        "What is reducible, beside IDDPM's fit", "training compute, MACs", f"{findings.label} above the floor"
+    )
     axis.yaxis.set_minor_formatter(NullFormatter())  # too many decades for labels between them
     macs = np.geomspace(min(p.budget for p in points), max(p.budget for p in points), 50) / 2
     e, _, _ = fit.parameters()["E"]
@@ -245,10 +247,10 @@ def _papers(fit: ScalingFit, points: Sequence[ComputePoint]) -> "tuple[Figure, s
     axis.plot(macs, fit.predict(2 * macs) - e, color="crimson", label=f"this study: a = {a[0]:.3f}")
     best = [b for b in frontier(points) if b.value > e]
     axis.plot([b.budget / 2 for b in best], [b.value - e for b in best], "o", color="crimson", ms=4)
-    for (name, (floor, k, exponent)), style in zip(PAPER.items(), ("--", ":"), strict=True):
-        there = np.geomspace(1e17, 2e20, 50)
-        label = f"IDDPM, ImageNet 64: {name} = {floor:.2f} + ({k:g} C)^-{exponent}"
-        axis.plot(there, (k * there) ** -exponent, style, color="black", lw=1.2, label=label)
+    floor, k, exponent = PAPER[findings.name]
+    there = np.geomspace(1e17, 2e20, 50)
+    label = f"IDDPM, ImageNet 64: {floor:.2f} + ({k:g} C)^-{exponent}"
+    axis.plot(there, (k * there) ** -exponent, "--", color="black", lw=1.2, label=label)
     axis.legend(fontsize=8)
     return figure, (
         "The part above the irreducible term, over multiply-accumulates, which is what the paper's printed C agrees"
@@ -259,35 +261,33 @@ def _papers(fit: ScalingFit, points: Sequence[ComputePoint]) -> "tuple[Figure, s
 # ------------------------------------------------------------------------------------------- page
 
 
-def page(study: Study, findings: Findings, captions: dict[str, str], folder: Path) -> str:
-    """The report as HTML, with every picture in it."""
-    held = "".join(
-        f"<p class={'in' if h.covered else 'out'}>Held out, {law}: at {h.budget:.3g} FLOPs predicted"
-        f" <b>{h.predicted:.4f}</b> [{h.low:.4f}, {h.high:.4f}], measured <b>{h.measured:.4f}</b>:"
-        f" {'inside' if h.covered else 'outside'} the 95 % interval.</p>"
-        for law, h in findings.held.items()
-    )
-    drawn = "".join(_figure((folder / f"{name}.png").read_bytes(), caption) for name, caption in captions.items())
-    rows = [["run", "parameters", "images", "FLOPs", "budget", "bits/dim"]]
-    rows += [
-        [p.run, f"{p.parameters:,.0f}", f"{p.images:,.0f}", f"{p.flops:.4e}", f"{p.budget:.3g}", f"{p.value:.4f}"]
-        for p in findings.points
-    ]
-    passport = "; ".join(f"{k} = {v}" for k, v in findings.points[0].passport.items())
+def page(study: Study, every: Sequence[Findings], folder: Path) -> str:
+    """The report as HTML, with every picture in it; the pictures are also written to the folder."""
+    sections: list[str] = []
+    rows: dict[tuple[str, float], list[str]] = {}
+    for column, findings in enumerate(every):
+        sections.append(f"<h2>{findings.label}</h2>")
+        for name, (figure, caption) in figures(findings).items():
+            path = folder / f"{findings.name}-{name}.png"
+            figure.savefig(path, dpi=150)
+            sections.append(_figure(path.read_bytes(), caption))
+        passport = "; ".join(f"{k} = {v}" for k, v in findings.points[0].passport.items())
+        sections.append(f"<pre>{html.escape(findings.text())}</pre>")
+        sections.append(f"<figcaption>All points have: {html.escape(passport)}.</figcaption>")
+        for p in findings.points:
+            cost = [p.run, f"{p.parameters:,.0f}", f"{p.images:,.0f}", f"{p.flops:.4e}", f"{p.budget:.3g}"]
+            rows.setdefault((p.run, p.budget), cost + ["-"] * len(every))[len(cost) + column] = f"{p.value:.4f}"
+    header = ["run", "parameters", "images", "FLOPs", "budget", *(findings.label for findings in every)]
     return f"""<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(study.name)}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
 img{{max-width:100%}}figure{{display:inline-block;margin:.5rem;max-width:28rem;vertical-align:top}}
-figcaption{{color:#555;font-size:.85em}}pre{{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:.8em}}
-.in{{border-left:4px solid seagreen;padding-left:.6rem}}.out{{border-left:4px solid crimson;padding-left:.6rem}}</style>
+figcaption{{color:#555;font-size:.85em}}pre{{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:.8em}}</style>
 <h1>{html.escape(study.name)}</h1>
-<p>{len(findings.points)} points of {len({p.run for p in findings.points})} runs. FLOPs count 2 for each
-multiply-accumulate, forward and backward. Laws are fitted to log values with Huber's loss; intervals are 95 %, by a
-bootstrap over runs.</p>
-{held}{drawn}
-<h2>Fits</h2><pre>{html.escape(findings.text())}</pre>
+<p>FLOPs count 2 for each multiply-accumulate, forward and backward. Laws are fitted to log values with Huber's loss;
+intervals are 95 %, by a bootstrap over runs.</p>
+{"".join(sections)}
 <h2>Samples</h2>{_samples(study)}
-<h2>Points</h2><pre>{html.escape(table(rows))}</pre>
-<p>What they have in common: {html.escape(passport)}</p></html>
+<h2>Points</h2><pre>{html.escape(table([header, *rows.values()]))}</pre></html>
 """
 
 
@@ -295,15 +295,12 @@ def _samples(study: Study) -> str:
     """The last grid of each size's longest run."""
     shown = []
     for value in study.values:
-        runs = sorted((r for r in study.runs if r.value == value), key=lambda r: -r.budgets[-1])
-        if grid := next((g for g in map(_grid, runs) if g), None):
-            shown.append(_figure(grid, f"{study.axis} {value}"))
+        for run in sorted((r for r in study.runs if r.value == value), key=lambda r: -r.budgets[-1]):
+            store = Store(run.config.out, run.config.storage)
+            if grids := sorted(store.list("samples/")):
+                shown.append(_figure(store.read(grids[-1]), f"{study.axis} {value}"))
+                break
     return "".join(shown) or "<p>None were drawn.</p>"
-
-
-def _grid(run: Run) -> bytes | None:
-    files = sorted((journal_dir(run.config.out) / "samples").glob("samples-*.png"))
-    return files[-1].read_bytes() if files else None
 
 
 def _figure(png: bytes, caption: str) -> str:

@@ -18,15 +18,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from pipeline.config import TrainConfig, check_same_run, file_flags, horizon_steps, parse_flags, parse_train, record
+from pipeline.config import TrainConfig, check_same_run, fail_usage, file_flags, horizon_steps, parse_flags, parse_train
 from pipeline.storage import Store, mask
-from pipeline.tracking import Tracker, connect, find_or_create_run, journal_dir, read_journal, tracking_uri
+from pipeline.tracking import connect, find_or_create_run, journal_dir, read_journal, tracking_uri
 from pipeline.train import provide_digits, was_interrupted
+
+if TYPE_CHECKING:  # they bring torch and scipy
+    from pipeline.evaluate import EvaluateConfig
+    from pipeline.scaling import ComputePoint
 
 INTERRUPTED = 75
 
@@ -40,7 +45,9 @@ HARDWARE: dict[str, tuple[dict[str, float], float]] = {
 
 @dataclass(frozen=True)
 class Study:
-    """A study file. Its `train:` section holds, as a --config file does, what all its runs have in common."""
+    """A study file. Its sections `train:` and `evaluate:` hold flags of pipeline.train and pipeline.evaluate, as a
+    --config file does: what all runs have in common, and how each is measured at its budgets.
+    """
 
     name: str
     """Of the study; its runs are in runs/NAME unless `out` says otherwise, its MLflow experiment is NAME."""
@@ -59,12 +66,12 @@ class Study:
     other budgets'. Else one long run a seed is measured as it passes the budgets: cheaper by a third or so."""
     lr: float = 1e-4
     """Learning rate at 128 channels: a run with C channels has lr / sqrt(C / 128) (IDDPM section 6)."""
-    nll_images: int = 64
-    """Validation images that bits/dim are measured on."""
     out: str = ""
     """Folder or URL of the study; default: runs/NAME."""
     train: tuple[str, ...] = ()
-    """Flags of pipeline.train, from the file's `train:` section."""
+    """Flags of pipeline.train, from the file's section."""
+    evaluate: tuple[str, ...] = ()
+    """Flags of pipeline.evaluate, likewise. Its metrics are some of nll, fid and kid, for which less is better."""
 
     def __post_init__(self) -> None:
         if not self.values or len(set(self.values)) < len(self.values):
@@ -73,12 +80,15 @@ class Study:
             raise ValueError(f"budgets: got {self.budgets}, expected one or more positive FLOPs, rising")
         if len(self.seeds) not in (1, len(self.values)) or min(self.seeds) < 1:
             raise ValueError(f"seeds: got {self.seeds}, expected one number, or one for each of the values, 1 or more")
-        if self.nll_images < 2:
-            raise ValueError(f"nll_images: got {self.nll_images}, expected 2 or more")
+
+    @property
+    def folder(self) -> str:
+        """Or its URL."""
+        return self.out or f"runs/{self.name}"
 
     @property
     def store(self) -> Store:
-        return Store(self.out or f"runs/{self.name}", self.runs[0].config.storage)
+        return Store(self.folder, self.runs[0].config.storage)
 
     @property
     def parent(self) -> str:
@@ -86,32 +96,34 @@ class Study:
         return sha256(f"{self.name} {self.out}".encode()).hexdigest()[:32]
 
     @cached_property
+    def evaluation(self) -> "EvaluateConfig":
+        """How each point is measured, but for the run."""
+        from pipeline.evaluate import EvaluateConfig, check_metrics
+
+        options = parse_flags(EvaluateConfig, [self.name, *self.evaluate], "The study's `evaluate:` section.")
+        if set(check_metrics(options.metrics, "evaluate.metrics")) - {"nll", "fid", "kid"}:
+            fail_usage(ValueError(f"evaluate.metrics: got {options.metrics!r}, expected some of nll, fid, kid"))
+        return options
+
+    @cached_property
     def runs(self) -> "list[Run]":
         """All runs, the smallest first."""
         made = []
         seeds = self.seeds * (len(self.values) if len(self.seeds) == 1 else 1)
+        groups = [(b,) for b in self.budgets] if self.separate else [self.budgets]
         for value, count in zip(self.values, seeds, strict=True):
             base = ["--preset", self.preset, *self.train, f"--{self.axis.replace('_', '-')}", *value.split()]
             config, _ = parse_train(base)
-            config = replace(config, lr=self.lr / math.sqrt(config.model.channels / 128))
-            groups = [(b,) for b in self.budgets] if self.separate else [self.budgets]
-            for number, budgets in enumerate(groups):
-                for seed in range(count):
-                    name = "-".join(
-                        [value.replace(" ", "x"), *([f"{budgets[0]:.3g}"] if self.separate else []), str(seed)]
-                    )
-                    made.append(self._run(name, value, seed + 1000 * number, budgets, base, config))
+            lr = self.lr / math.sqrt(config.model.channels / 128)
+            for (number, budgets), seed in product(enumerate(groups), range(count)):
+                name = f"{value.replace(' ', 'x')}{f'-{budgets[0]:.3g}' if self.separate else ''}-{seed}"
+                own: dict[str, Any] = {"out": f"{self.folder}/{name}", "seed": seed + 1000 * number, "lr": lr}
+                shown: dict[str, Any] = {"experiment": self.name, "name": name, "parent": self.parent}
+                flags = [*base, *(word for k, v in own.items() for word in (f"--{k}", str(v)))]
+                flags += [word for k, v in shown.items() for word in (f"--tracking.{k}", v)]
+                own["tracking"] = replace(config.tracking, **shown)
+                made.append(Run(name, value, budgets, tuple(flags), replace(config, **own)))
         return made
-
-    def _run(
-        self, name: str, value: str, seed: int, budgets: tuple[float, ...], base: list[str], config: TrainConfig
-    ) -> "Run":
-        out = f"{self.out or f'runs/{self.name}'}/{name}"
-        tracking = replace(config.tracking, experiment=self.name, name=name, parent=self.parent)
-        flags = [*base, "--out", out, "--seed", str(seed), "--lr", repr(config.lr)]
-        flags += ["--tracking.experiment", self.name, "--tracking.name", name, "--tracking.parent", self.parent]
-        config = replace(config, out=out, seed=seed, tracking=tracking)
-        return Run(name, value, budgets, tuple(flags), config)
 
 
 @dataclass(frozen=True)
@@ -138,16 +150,23 @@ class Run:
 
 def load_study(path: Path) -> Study:
     """Read a study file; a bad field prints its message and ends with status 2."""
-    words = file_flags(str(path))
-    study: list[str] = []
-    train: list[str] = []
-    target = study
-    for word in words:
+    sections: dict[str, list[str]] = {"": [], "train": [], "evaluate": []}
+    section = ""
+    for word in file_flags(str(path)):
         if word.startswith("--"):
-            target = train if word.startswith("--train.") else study
-            word = f"--{word.removeprefix('--train.')}" if target is train else word
-        target.append(word)
-    return replace(parse_flags(Study, study, f"{Study.__doc__} ({path})"), train=tuple(train))
+            section, _, name = word.removeprefix("--").partition(".")
+            section, word = (section, f"--{name}") if name and section in sections else ("", word)
+        sections[section].append(word)
+    study = parse_flags(Study, sections[""], f"{Study.__doc__} ({path})")
+    return replace(study, train=tuple(sections["train"]), evaluate=tuple(sections["evaluate"]))
+
+
+@dataclass(frozen=True)
+class OfStudy:
+    """What each command takes."""
+
+    study: tyro.conf.Positional[Path]
+    """The study file."""
 
 
 @dataclass(frozen=True)
@@ -182,11 +201,9 @@ def count(config: TrainConfig) -> Cost:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(OfStudy):
     """Print what the study will cost, without training: each run's size, FLOPs, steps, memory, hours, money."""
 
-    study: tyro.conf.Positional[Path]
-    """The study file."""
     hardware: str = "h100"
     """Device: a100, h100, h200, or `here` to measure this machine's peak."""
     utilisation: float | None = None
@@ -210,33 +227,36 @@ def plan(options: Plan) -> None:
     print(f"{study.name}: {sizes}, at {len(study.budgets)} budgets")
     print(f"{options.hardware}, {source}: {peak / 1e12:.3g} TFLOP/s sustained")
     print("FLOPs count 2 for each multiply-accumulate (MAC); training costs 3 forward passes; the papers count MACs.\n")
-    rows = [
-        ["run", "lr", "parameters", "MACs fwd", "FLOPs train", "budget", "steps", "epochs", "memory", "hours", "USD"]
-    ]
-    total = 0.0
+    rows = [["run", "lr", "parameters", "MACs fwd", "FLOPs train", "budget", "steps", "epochs", "memory"]]
+    rows[0] += ["measuring", "hours", "USD"]
+    training = measuring = 0.0
     warned: dict[str, list[str]] = {}
     for run in study.runs:
         cost, budget = costs[run.value], run.budgets[-1]
         steps = horizon_steps(run.at(budget), cost.train)
         flops = float(steps * run.config.batch_size * cost.train)
         epochs = steps * run.config.batch_size / images if images else math.nan
-        total += flops
-        hours = flops / peak / 3600
+        points = float(len(run.budgets) * study.evaluation.evaluations(run.config) * cost.forward)
+        training, measuring = training + flops, measuring + points
+        hours = (flops + points) / peak / 3600
         rows.append([run.name, f"{run.config.lr:.3g}", f"{cost.parameters:,}", f"{cost.forward / 2e9:.4g}G"])
         rows[-1] += [f"{cost.train / 1e9:.4g}G", f"{budget:.3g}", f"{steps:,}", f"{epochs:.2f}"]
-        rows[-1] += [f"{cost.memory / 2**30:.2f} GiB", f"{hours:.3g}", f"{hours * price:.2f}"]
+        rows[-1] += [f"{cost.memory / 2**30:.2f} GiB", f"{points:.2g}", f"{hours:.3g}", f"{hours * price:.2f}"]
         first = horizon_steps(run.at(run.budgets[0]), cost.train)
         for line in _unequal(run, first, images):
             warned.setdefault(line, []).append(run.name)
     print(table(rows))
-    hours = total / peak / 3600
-    print(f"\ntotal {total:.3e} FLOPs, {hours:.3g} device-hours, {hours * price:.2f} USD, without measuring")
+    hours = (training + measuring) / peak / 3600
+    print(f"\n{training:.3e} FLOPs of training and {measuring:.2e} of measuring {study.evaluation.metrics}", end="")
+    print(f": {hours:.3g} device-hours, {hours * price:.2f} USD")
     if len(study.values) < 3:
         warned["an isoFLOP parabola needs 3 or more"] = [f"{len(study.values)} sizes"]
     if len(study.budgets) < 5:
         warned["L(C) needs 4, and one more to hold out"] = [f"{len(study.budgets)} budgets"]
-    for line in [f"{line}: {', '.join(names)}" for line, names in warned.items()] + edges(study):
-        print(f"warning: {line}")
+    if len(study.runs) < 6:
+        warned["L(N, D) needs 6 or more, L(C) 4 at its frontier"] = [f"{len(study.runs)} runs"]
+    for line, names in warned.items():
+        print(f"warning: {line}: {', '.join(names)}")
 
 
 def _unequal(run: Run, steps: int, images: int | None) -> list[str]:
@@ -271,7 +291,7 @@ def _speed(options: Plan, study: Study) -> tuple[float, float, str]:
     seen = [
         record["metrics"]["compute/utilization"]
         for run in study.runs
-        for record in read_journal(journal_dir(run.config.out))
+        for record in journal(run)
         if record["kind"] == "metrics"
     ]
     utilisation = options.utilisation or (statistics.median(seen) if seen else 0.3)
@@ -294,11 +314,9 @@ def _training_images(study: Study) -> int | None:
 
 
 @dataclass(frozen=True)
-class Execute:
+class Execute(OfStudy):
     """Train and measure what is not done yet. The same command again goes on where it was stopped."""
 
-    study: tyro.conf.Positional[Path]
-    """The study file."""
     launcher: Literal["local", "slurm", "ray"] = "local"
     """local: here; slurm: submit slurm/study.sh as an array; ray: submit a job for each run."""
     jobs: int = 1
@@ -318,7 +336,7 @@ def execute(options: Execute) -> int:
     if options.only is not None:
         return _one(study, _find(study, options.only), shlex.split(options.prefix))
     command = ["python", "-m", "jobs.study", "run", str(options.study), "--only"]
-    todo = [run for run in study.runs if any(not study.store.exists(run.point(b)) for b in run.budgets)]
+    todo = [run for run in study.runs if missing(study, run)]
     print(f"{study.name}: {len(study.runs) - len(todo)} of {len(study.runs)} runs are done", flush=True)
     if not todo:
         return 0
@@ -409,14 +427,23 @@ def _find(study: Study, which: str) -> Run:
 
 
 def _prepare(study: Study) -> None:
-    """What must be there before many runs start at once: the data, the MLflow database, the runs' parent."""
+    """What must be there before many runs start at once, or no run needs to: the data, what images are measured by,
+    the MLflow database, the runs' parent.
+    """
+    from pipeline.evaluate import check_metrics, image_tools
+    from pipeline.world import World
+
+    config, options = study.runs[0].config, study.evaluation
     study.store.check(write=True)
-    provide_digits(study.runs[0].config)
-    tracking = study.runs[0].config.tracking
+    provide_digits(config)
+    if set(check_metrics(options.metrics, "")) - {"nll"}:
+        image_tools(options, config, Store(options.data or config.data.url, config.storage), World())
+    tracking = config.tracking
     if tracking.uri == "none":
         return
     try:
-        find_or_create_run(connect(tracking_uri(tracking)), study.name, study.parent, study.name, {})
+        client = connect(tracking_uri(tracking))
+        client.update_run(find_or_create_run(client, study.name, study.parent, study.name, {}), status="RUNNING")
     except Exception as error:  # a tracking server's troubles are never the study's
         reason = mask(str(error))
         print(f"warning: MLflow does not answer ({reason}); the journals below {study.store} have all", flush=True)
@@ -424,20 +451,28 @@ def _prepare(study: Study) -> None:
 
 def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
     """Train a run to each of its budgets in turn, and measure it there."""
-    todo = []
-    for budget in run.budgets:
-        if study.store.exists(run.point(budget)):
-            done = json.loads(study.store.read(run.point(budget)))
-            check_same_run(done["config"], run.at(budget))
-        else:
-            todo.append(budget)
     children = Children()
-    for budget in todo:
+    for budget in missing(study, run):
         if status := children.run([*prefix, *run.command(budget)]):
             # srun kills the tasks that leave last, and their status hides the others'.
             return INTERRUPTED if status > 128 and was_interrupted(run.config) else status
         measure(study, run, budget)
     return 0
+
+
+def missing(study: Study, run: Run) -> list[float]:
+    """The budgets at which the run is not measured as the study says; ValueError where it was another run."""
+    found = []
+    for budget in run.budgets:
+        try:
+            point = json.loads(study.store.read(run.point(budget)))
+        except FileNotFoundError:
+            found.append(budget)
+            continue
+        check_same_run(point["config"], run.at(budget))
+        if point["evaluate"] != list(study.evaluate):
+            found.append(budget)
+    return found
 
 
 class Children:
@@ -472,56 +507,42 @@ class Children:
 
 def measure(study: Study, run: Run, budget: float) -> None:
     """Write the point of a run that has reached its budget: to the study's store, the journal and MLflow."""
-    from iddpm.flops import count_parameters, train_flops
-    from pipeline.evaluate import EvaluateConfig
-    from pipeline.evaluate import measure as evaluate
+    from iddpm.flops import count_parameters
+    from pipeline import evaluate
     from pipeline.sample import load_trained
+    from pipeline.scaling import ComputePoint
     from pipeline.world import World, pick_device
 
     config = run.config
+    options = replace(study.evaluation, run=config.out, storage=config.storage, tracking=config.tracking)
     world = World(device=pick_device(config.launch.device, 0))
-    trained = load_trained(config.out, config.storage, world.device)
-    channels = config.diffusion.out_channels(config.model.in_channels)
-    parameters = count_parameters(config.model, channels)
-    flops = float(trained.meta["images"] * train_flops(config.model, channels))
-    options = EvaluateConfig(config.out, images=study.nll_images, exact=True, storage=config.storage)
-    (nll,) = evaluate([trained], options, world, keep=False)
-    assert nll.standard_error is not None, "two images or more"
-    passport = nll.passport | {"train_data": trained.meta["dataset_digest"], "batch_size": config.batch_size}
-    passport |= {"diffusion": asdict(config.diffusion), "precision": config.precision}
-    metrics = {  # training has logged the compute of this step already
-        "eval/nll": nll.value,
-        "eval/nll_se": nll.standard_error,
-        "eval/log10_nll": math.log10(nll.value),
-        "compute/parameters": float(parameters),
-        "compute/log10_parameters": math.log10(parameters),
-    }
-    tracker = Tracker(
-        journal_dir(config.out),
-        config.tracking,
-        uid=trained.meta["uid"],
-        name=run.name,
-        run_config=record(run.at(budget)),
-        dataset={"url": config.data.url, "name": "", "digest": trained.meta["dataset_digest"]},
-    )
-    tracker.evaluation(trained.step, metrics, {"eval/nll": passport})
-    tracker.close("FINISHED")
-    point = {"run": run.name, "parameters": parameters, "images": trained.meta["images"], "flops": flops}
-    point |= {"budget": budget, "value": nll.value, "error": nll.standard_error, "passport": passport}
-    point |= {"config": trained.meta["config"]}
-    study.store.write(run.point(budget), json.dumps(point, indent=1).encode())
-    print(f"{run.name}: {flops:.4e} FLOPs, {nll.value:.4f} +- {nll.standard_error:.4f} bits/dim", flush=True)
+    trained = load_trained(config.out, config.storage, world.device, options.ema_rate)
+    flops = trained.meta["train_flops"]
+    if flops - flops // trained.step >= budget:
+        raise ValueError(
+            f"{run.name}: has gone on to {flops:.4g} FLOPs and cannot be measured at {budget:.4g} any more"
+        )
+    common = {"train_data": trained.meta["dataset_digest"], "batch_size": config.batch_size}
+    common |= {"diffusion": asdict(config.diffusion), "precision": config.precision}
+    found = evaluate.measure([trained], options, world, keep=False)
+    found = [replace(value, passport=value.passport | common) for value in found]
+    evaluate.track(trained, found, options)
+    size = count_parameters(config.model, config.diffusion.out_channels(config.model.in_channels))
+    spent = {"run": run.name, "parameters": size, "images": trained.meta["images"], "flops": flops, "budget": budget}
+    points = [asdict(ComputePoint(**vars(value), **spent)) for value in found]
+    content = {"points": points, "evaluate": study.evaluate, "config": trained.meta["config"]}
+    study.store.write(run.point(budget), json.dumps(content, indent=1).encode())
+    for value in found:
+        print(f"{run.name}: {flops:.4e} FLOPs, {value}", flush=True)
 
 
 # ------------------------------------------------------------------------------------ status, fit
 
 
 @dataclass(frozen=True)
-class Status:
+class Status(OfStudy):
     """Show how far each run is."""
 
-    study: tyro.conf.Positional[Path]
-    """The study file."""
     watch: float = 0.0
     """Show it again every so many seconds; 0: once."""
 
@@ -529,66 +550,58 @@ class Status:
 def status(options: Status) -> None:
     study = load_study(options.study)
     while True:
-        rows = [["run", "state", "step", "FLOPs", "of budget", "loss", "images/s", "seen", "bits/dim"]]
-        points = {(p.run, p.budget): p.value for p in load_points(study)}
+        measured = load_points(study)
+        rows = [["run", "state", "step", "FLOPs", "of budget", "loss", "images/s", "seen", *measured]]
         for run in study.runs:
-            records = read_journal(journal_dir(run.config.out))
+            records = journal(run)
             last: dict[str, Any] = next((r for r in reversed(records) if r["kind"] == "metrics"), {})
             state = next((r["status"].lower() for r in reversed(records) if r["kind"] == "status"), "waiting")
             if records and records[-1]["kind"] != "status":
                 state = "running"
-            values = [points.get((run.name, b)) for b in run.budgets]
-            state = "done" if all(values) else state
             flops = last.get("metrics", {}).get("compute/train_flops", 0.0)
             rows.append([run.name, state, str(last.get("step", "")), f"{flops:.3g}", f"{flops / run.budgets[-1]:.0%}"])
             rows[-1] += [f"{last['metrics'][k]:.4g}" if last else "" for k in ("train/loss", "train/images_per_second")]
             rows[-1] += [f"{time.time() - records[-1]['time']:.0f} s ago" if records else ""]
-            rows[-1] += [" ".join("-" if v is None else f"{v:.4f}" for v in values)]
+            for points in measured.values():
+                values = {p.budget: f"{p.value:.4f}" for p in points if p.run == run.name}
+                rows[-1].append(" ".join(values.get(b, "-") for b in run.budgets))
         print(("\033[2J\033[H" if options.watch else "") + table(rows))
-        print(f"{len(points)} of {sum(len(run.budgets) for run in study.runs)} points measured", flush=True)
+        done = max(map(len, measured.values()), default=0)
+        print(f"{done} of {sum(len(run.budgets) for run in study.runs)} points measured", flush=True)
         if not options.watch:
             return
         time.sleep(options.watch)
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(OfStudy):
     """Fit the scaling laws to what is measured, and print them with their intervals."""
-
-    study: tyro.conf.Positional[Path]
-    """The study file."""
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(OfStudy):
     """Fit, draw and write everything into one HTML file and PNGs, and log them to the study's MLflow run."""
 
-    study: tyro.conf.Positional[Path]
-    """The study file."""
     out: str = ""
     """Folder to write into; default: report/ in the study's own, or runs/NAME/report for a remote one."""
 
 
-def load_points(study: Study) -> "list[Any]":
-    """The ComputePoints of the study's own runs that are measured."""
+def load_points(study: Study) -> "dict[str, list[ComputePoint]]":
+    """What is measured of the study's own runs, by metric."""
     from pipeline.scaling import ComputePoint
 
     there = set(study.store.list("points/"))
-    names = [run.point(budget) for run in study.runs for budget in run.budgets]
-    points = [json.loads(study.store.read(name)) for name in names if name in there]
-    return [
-        ComputePoint(**{k: p[k] for k in ("run", "parameters", "images", "flops", "budget", "value", "passport")})
-        for p in points
-    ]
+    found: dict[str, list[ComputePoint]] = {}
+    for name in (run.point(budget) for run in study.runs for budget in run.budgets):
+        for point in json.loads(study.store.read(name))["points"] if name in there else []:
+            found.setdefault(point["name"], []).append(ComputePoint(**point))
+    return found
 
 
-def edges(study: Study) -> list[str]:
-    """Warnings about the points that are there."""
-    if not study.store.list("points/"):
-        return []
-    from pipeline.scaling import warnings
-
-    return warnings(load_points(study))
+def journal(run: Run) -> list[dict[str, Any]]:
+    """A run's history: as written here, else the copy under its URL."""
+    config = run.config
+    return read_journal(journal_dir(config.out)) or read_journal(Store(config.out, config.storage))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -623,8 +636,7 @@ def main(argv: Sequence[str]) -> int:
             case Fit() | Report():
                 from jobs.report import report
 
-                study = load_study(options.study)
-                report(study, load_points(study), getattr(options, "out", None))
+                report(load_study(options.study), getattr(options, "out", None))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

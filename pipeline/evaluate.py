@@ -125,6 +125,12 @@ class EvaluateConfig:
             self.timesteps_per_call,
         )
 
+    def evaluations(self, run: TrainConfig) -> int:
+        """Forward passes of one image that measuring one checkpoint of such a run takes, at most."""
+        wanted = set(check_metrics(self.metrics, "--metrics"))
+        nll = self.plan.evaluations(run.diffusion.timesteps) if "nll" in wanted else 0
+        return nll + (self.samples * (self.steps or run.sample_steps) if wanted - {"nll"} else 0)
+
 
 def check_metrics(text: str, flag: str) -> list[str]:
     """The names in a list with commas; ValueError for one that is none."""
@@ -145,7 +151,7 @@ def main(config: EvaluateConfig, world: World) -> None:
     for value in found:
         print(value)
     own = [value for value in found if not value.name.endswith("_difference")]
-    _track(models[0], own, config)
+    track(models[0], own, config)
 
 
 def measure(models: Sequence[Trained], config: EvaluateConfig, world: World, keep: bool) -> list[Measured]:
@@ -203,10 +209,7 @@ def _image_metrics(
     trained: Trained, config: EvaluateConfig, data: Store, cache: Cache, world: World, wanted: Sequence[str]
 ) -> list[Measured]:
     run = trained.config
-    recipe = Recipe(config.sampler, config.steps or run.sample_steps, config.eta, config.seed)
-    recipe.chain(run.diffusion, world.device)  # raises what is wrong with it, before anything takes long
-    index = _index(data, "train", [run])
-    features = _features(config, data, index, world)
+    recipe, index, features = image_tools(config, run, data, world)
     if config.reference:
         reference = npz_reference(config.reference, config.storage, features, world)
     else:
@@ -235,6 +238,16 @@ def _image_metrics(
     ]
 
 
+def image_tools(
+    config: EvaluateConfig, run: TrainConfig, data: Store, world: World
+) -> tuple[Recipe, ShardIndex, Features]:
+    """What images of such a run are drawn by, compared with and seen by; ValueError where that cannot be had."""
+    recipe = Recipe(config.sampler, config.steps or run.sample_steps, config.eta, config.seed)
+    recipe.chain(run.diffusion, world.device)  # raises what is wrong with it, before anything takes long
+    index = _index(data, "train", [run])
+    return recipe, index, _features(config, data, index, world)
+
+
 def _features(config: EvaluateConfig, data: Store, index: ShardIndex, world: World) -> Features:
     if config.features == "inception":
         return inception_features(config.inception, config.download, config.storage, world.device)
@@ -252,7 +265,7 @@ def _index(data: Store, split: str, runs: Sequence[TrainConfig]) -> ShardIndex:
     return index
 
 
-def _track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) -> None:
+def track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) -> None:
     """To the journal of the run, and by it to MLflow; the run keeps the status that it has there."""
     run, folder = Store(config.run, config.storage), journal_dir(config.run)
     if run.local is None:
@@ -272,21 +285,21 @@ def _track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) 
             "digest": meta["dataset_digest"] or "unknown",
         },
     )
-    log_measured(tracker, trained.step, found)
+    log_measured(tracker, trained, found)
     tracker.close(marks[-1] if marks else "FINISHED")
     if run.local is None:
         run.write(JOURNAL, tracker.path.read_bytes())
 
 
-def log_measured(tracker: Tracker, step: int, found: Sequence[Measured]) -> None:
-    """`eval/NAME`, with `eval/NAME_se` where there is a standard error."""
-    values: dict[str, float] = {}
+def log_measured(tracker: Tracker, trained: Trained, found: Sequence[Measured]) -> None:
+    """`eval/NAME`, with `eval/NAME_se` where there is a standard error, and the compute that it took to get there."""
+    values = {"eval/train_flops": float(trained.meta["train_flops"])} if "train_flops" in trained.meta else {}
     for value in found:
-        if value.step == step and f"eval/{value.name}" not in values:
+        if value.step == trained.step and f"eval/{value.name}" not in values:
             values[f"eval/{value.name}"] = value.value
             if value.standard_error is not None:
                 values[f"eval/{value.name}_se"] = value.standard_error
-    tracker.evaluation(step, values, {f"eval/{value.name}": value.passport for value in found})
+    tracker.evaluation(trained.step, values, {f"eval/{value.name}": value.passport for value in found})
 
 
 def report(nll: Nll) -> str:

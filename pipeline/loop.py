@@ -74,11 +74,17 @@ class TrainState:
             }
         self.sampler = make_sampler(config.timestep_sampler, config.diffusion.timesteps, world.device)
         self.metrics = Metrics(world.device)
+        self.flops_per_image = train_flops(config.model, config.diffusion.out_channels(config.model.in_channels))
 
     @property
     def images(self) -> int:
         """Images seen: the position in the data."""
         return self.step * self.config.batch_size
+
+    @property
+    def flops(self) -> int:
+        """Spent on them, forward and backward."""
+        return self.images * self.flops_per_image
 
     def parts(self) -> Parts:
         """The live tensors of a checkpoint, by part and name."""
@@ -243,8 +249,7 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
         state.load(meta["step"], found[1] if found else None, world)
         if world.rank == 0:
             state.epoch_digests = {int(epoch): digest for epoch, digest in meta["epoch_digests"].items()}
-    per_image = train_flops(config.model, config.diffusion.out_channels(config.model.in_channels))
-    steps = horizon_steps(config, per_image)
+    steps = horizon_steps(config, state.flops_per_image)
     world.say(
         f"{config.out}: {'resuming at' if meta else 'starting, to'} step {state.step if meta else steps}"
         f"{f' of {steps}' if meta else ''}; launcher {world.launcher}, {world.size} x {device_name(world.device)}"
@@ -255,7 +260,7 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
 
     with _recording(config, run, index, meta, world) as (tracker, writer):
         peak = sum(world.gather(peak_flops(world.device, config.precision)))
-        clock = Clock(state.images, per_image, peak)
+        clock = Clock(state, peak)
         bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if world.rank == 0 else True)
         lo, hi = world.share(config.batch_size)
         batches = stream(
@@ -421,6 +426,7 @@ def _checkpoint(
         tracker.epoch(epoch, digest)
     meta = {
         "images": state.images,
+        "train_flops": state.flops,
         "config": record(config),
         "uid": tracker.uid,
         "dataset_digest": index.digest,
@@ -478,9 +484,10 @@ def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:
         storage=config.storage,
     )
     with _average(state) as model:
-        found = measure([Trained(config, state.step, {}, config.ema_rates[0], model)], plan, world, keep=False)
+        trained = Trained(config, state.step, {"train_flops": state.flops}, config.ema_rates[0], model)
+        found = measure([trained], plan, world, keep=False)
     if tracker:
-        log_measured(tracker, state.step, found)
+        log_measured(tracker, trained, found)
         for value in found:
             tqdm.write(f"step {state.step} {value}")
 
@@ -488,8 +495,8 @@ def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:
 class Clock:
     """Throughput since the last reading, leaving out what is not training."""
 
-    def __init__(self, images: int, flops_per_image: int, peak: float) -> None:
-        self.images, self.flops_per_image, self.peak = images, flops_per_image, peak
+    def __init__(self, state: TrainState, peak: float) -> None:
+        self.images, self.peak = state.images, peak
         self.start = time.perf_counter()
 
     @contextmanager
@@ -502,14 +509,13 @@ class Clock:
         now = time.perf_counter()
         rate = (state.images - self.images) / (now - self.start)
         self.start, self.images = now, state.images
-        flops = state.images * self.flops_per_image
         return {
             "train/lr": learning_rate(state.config, state.step - 1),
             "train/images": float(state.images),
             "train/images_per_second": rate,
-            "compute/train_flops": float(flops),
-            "compute/log10_train_flops": math.log10(flops),
-            "compute/utilization": rate * self.flops_per_image / self.peak,
+            "compute/train_flops": float(state.flops),
+            "compute/log10_train_flops": math.log10(state.flops),
+            "compute/utilization": rate * state.flops_per_image / self.peak,
         }
 
 

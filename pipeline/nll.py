@@ -36,6 +36,7 @@ from pipeline.storage import Store
 from pipeline.world import World
 
 PILOT_IMAGES = 16
+PILOT_TIMESTEPS = 80  # at most, as pilot_sizes takes them
 PATH_GRID = 256  # timesteps that the best path chooses from: the number of its steps' costs is the square
 LEAST_IMAGES = 64  # before --target-se may stop: a standard error from fewer is too often too small
 SAVE_S = 20.0  # seconds between writes of partial results
@@ -76,6 +77,13 @@ class NllPlan:
     @property
     def estimator(self) -> str:
         return "exact" if self.exact or self.chain else f"sampled{self.draws}"
+
+    def evaluations(self, timesteps: int) -> int:
+        """Of the network, on one image, for a model of T timesteps: at most, since --target-se may stop before."""
+        if not (self.exact or self.chain):
+            return self.images * (self.draws + 1) + PILOT_IMAGES * min(PILOT_TIMESTEPS, timesteps - 1)
+        best = PATH_GRID * PILOT_IMAGES if self.chain and self.chain.startswith("best") else 0
+        return self.images * int((self.chain or str(timesteps)).removeprefix("best")) + best
 
 
 @dataclass(frozen=True)
@@ -281,7 +289,7 @@ def _prepare(
         with autocast(device, model.config.precision):
             squares.append(pilot_sizes(diffusion, model.model, x, partial(noise, None), y).square())
     probabilities = pilot_distribution(torch.stack(squares).mean(0).sqrt())
-    evaluations = min(80, config.timesteps - 1) * len(ids)
+    evaluations = min(PILOT_TIMESTEPS, config.timesteps - 1) * len(ids)
     return {"timesteps": timesteps, "probabilities": probabilities.tolist(), "evaluations": evaluations}
 
 

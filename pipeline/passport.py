@@ -1,7 +1,6 @@
 """Numbers that know what they are: two whose passports differ are not compared."""
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,20 +32,14 @@ class Measured:
         return f"{text}   [{', '.join(f'{name} {value}' for name, value in self.passport.items())}]"
 
 
-def check_comparable(a: Measured, b: Measured, vary: Collection[str] = ()) -> None:
-    """Raise ValueError, naming the fields, unless the two are the same measurement, but for the fields in `vary`."""
+def check_comparable(a: Measured, b: Measured) -> None:
+    """Raise ValueError, naming the fields, unless the two are the same measurement."""
     differ = [
         f"{name}: {a.passport.get(name)} and {b.passport.get(name)}"
-        for name in sorted((a.passport.keys() | b.passport.keys()) - set(vary))
+        for name in sorted(a.passport.keys() | b.passport.keys())
         if a.passport.get(name) != b.passport.get(name)
     ]
     if a.name != b.name:
         differ.insert(0, f"{a.name} and {b.name}")
     if differ:
         raise ValueError(f"{a.name} and {b.name} are not comparable: they differ in {'; '.join(differ)}")
-
-
-def difference(a: Measured, b: Measured, vary: Collection[str] = ()) -> float:
-    """a - b; ValueError where that would say nothing."""
-    check_comparable(a, b, vary)
-    return a.value - b.value

@@ -10,13 +10,15 @@ never set by hand. Intervals are a bootstrap over runs, because the checkpoints 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+
+from pipeline.passport import Measured, check_comparable
 
 Array = NDArray[np.float64]
 
@@ -25,14 +27,14 @@ DELTA = 1e-3
 RESAMPLES = 400
 LEVEL = 0.95
 
-PAPER = {"NLL": (3.40, 3.0e-15, 0.17), "FID": (4.00, 2.5e-25, 0.22)}
+PAPER = {"nll": (3.40, 3.0e-15, 0.17), "fid": (4.00, 2.5e-25, 0.22)}
 """The fits printed in IDDPM (section 6): E, k and a of E + (k C)^-a. E was set by hand, and C agrees with
 multiply-accumulates, not with FLOPs."""
 
 
-@dataclass(frozen=True)
-class ComputePoint:
-    """One measurement of one run."""
+@dataclass(frozen=True, kw_only=True)
+class ComputePoint(Measured):
+    """A value and what it cost."""
 
     run: str
     """Points of one run are not independent of each other."""
@@ -42,9 +44,6 @@ class ComputePoint:
     """Spent on training when it was measured."""
     budget: float
     """FLOPs it was meant to have: points of one budget are compared with each other."""
-    value: float
-    passport: dict[str, Any] = field(default_factory=dict)
-    """All that must agree before two values may be compared: data, metric, number of images, ..."""
 
 
 def check_points(points: Sequence[ComputePoint]) -> None:
@@ -52,14 +51,10 @@ def check_points(points: Sequence[ComputePoint]) -> None:
     for point in points:
         if not (point.value > 0 and math.isfinite(point.value)):
             raise ValueError(f"{point.run}: got the value {point.value}, expected a positive number")
-    names = sorted({name for point in points for name in point.passport})
-    for name in names:
-        groups: dict[str, str] = {}
-        for point in points:
-            groups.setdefault(repr(point.passport.get(name)), point.run)
-        if len(groups) > 1:
-            got = ", ".join(f"{value} ({run})" for value, run in groups.items())
-            raise ValueError(f"points of mixed {name}: got {got}, expected one; fit them apart")
+        try:
+            check_comparable(points[0], point)
+        except ValueError as error:
+            raise ValueError(f"{points[0].run} and {point.run}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------- laws
@@ -334,7 +329,7 @@ def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: floa
     """The optimum for a budget, and the lower and upper ends of each of its intervals.
 
     FLOPs an image grow with N as in the points: C = k N^kappa D. So with B D^-beta as a power of N, dL/dN = 0 has
-    a closed solution. Raises ValueError where the points bracket no optimum at any budget.
+    a closed solution. Raises ValueError where the points bracket no optimum at any budget, or leave it open.
     """
     assert fit.inputs == ("N", "D")
     if open_ := [name for name in fit.undetermined if name != "E"]:  # the floor moves no optimum
@@ -358,6 +353,11 @@ def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: floa
 
     best_logs = solve(fit.theta[None])[0]
     low, high = fit.interval(best_logs, solve(fit.samples))
+    if high[0] - low[0] > math.log(1e3):
+        raise ValueError(
+            f"compute-optimal size: its interval is {math.exp(low[0]):.2g} to {math.exp(high[0]):.2g} weights; the"
+            " points do not determine it"
+        )
     return Optimum(*np.exp(best_logs).tolist()), Optimum(*np.exp(low).tolist()), Optimum(*np.exp(high).tolist())
 
 

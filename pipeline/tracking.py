@@ -9,6 +9,7 @@ leaves a gap. A resumed run repeats steps that the journal already has: those ar
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import sys
 import threading
@@ -178,7 +179,8 @@ class Shipper:
         self.uri = tracking_uri(config)
         self.run_id: str | None = None
         self.problem: str | None = None
-        self._last_step = -1
+        self._client: Any = None
+        self._there: dict[int, int] = {}
         self._closing = threading.Event()
         self._done = threading.Event()
         self._given_up = False
@@ -221,6 +223,7 @@ class Shipper:
                         flush=True,
                     )
                 self.problem = _first_line(error)
+                self._client = None  # the server may come back with another database
                 pause = min(2 * pause, 30.0)
             if closing:
                 time.sleep(1.0)  # `close` bounds how often this repeats
@@ -229,28 +232,29 @@ class Shipper:
 
     def _ship(self) -> bool:
         """Send the next lines; whether there are none left."""
-        path, state_path = self.folder / JOURNAL, self.folder / self.STATE
+        state_path = self.folder / self.STATE
         state = json.loads(state_path.read_text()) if state_path.exists() else {}
-        server = hashlib.sha256(self.uri.encode()).hexdigest()[:16]  # the URI itself may hold a password
-        offset = state["offset"] if state.get("server") == server else 0
-        with path.open("rb") as file:
+        with (self.folder / JOURNAL).open("rb") as file:
             head = json.loads(file.readline())
+            if self._client is None:
+                client = connect(self.uri)
+                self.run_id = _run_of(client, head)
+                if state.get("run_id") != self.run_id:
+                    # All is sent, but for steps that another machine has sent: there they have other times.
+                    history = client.get_metric_history(self.run_id, "compute/train_flops")
+                    self._there = {point.step: point.timestamp for point in history}
+                self._client = client
+            offset = state["offset"] if state.get("run_id") == self.run_id else 0
             file.seek(offset)
             lines: list[bytes] = []
             while len(lines) < BATCH and (line := file.readline()).endswith(b"\n"):
                 lines.append(line)
         if not lines:
             return True
-        client = connect(self.uri)
-        if self.run_id is None:
-            self.run_id = _run_of(client, head)
-            if offset == 0:
-                # A new journal of a run that MLflow already knows: it was resumed on another machine.
-                history = client.get_metric_history(self.run_id, "compute/train_flops")
-                self._last_step = max((point.step for point in history), default=-1)
-        _send(client, self.run_id, self.folder, [json.loads(line) for line in lines], self._last_step)
+        assert self.run_id
+        _send(self._client, self.run_id, self.folder, [json.loads(line) for line in lines], self._there)
         temporary = state_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"server": server, "offset": offset + sum(map(len, lines))}))
+        temporary.write_text(json.dumps({"run_id": self.run_id, "offset": offset + sum(map(len, lines))}))
         temporary.replace(state_path)
         return False
 
@@ -284,9 +288,7 @@ def find_or_create_run(client: Any, experiment: str, uid: str, name: str, tags: 
         experiment_id = known.experiment_id
     found = client.search_runs([experiment_id], f"tags.`iddpm.uid` = '{uid}'", max_results=1)
     if found:
-        run_id = found[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-        return run_id
+        return found[0].info.run_id
     run = client.create_run(experiment_id, tags={"iddpm.uid": uid, **tags}, run_name=name)
     return run.info.run_id
 
@@ -300,25 +302,33 @@ def _run_of(client: Any, head: dict[str, Any]) -> str:
     return find_or_create_run(client, head["experiment"], head["uid"], head["name"], tags)
 
 
-def _send(client: Any, run_id: str, folder: Path, records: Sequence[dict[str, Any]], last_step: int) -> None:
-    """Send journal records. Sending them again changes nothing: equal metrics are one point to MLflow."""
+def _send(client: Any, run_id: str, folder: Path, records: Sequence[dict[str, Any]], there: dict[int, int]) -> None:
+    """Send journal records. Sending them again changes nothing: equal metrics are one point to MLflow.
+
+    `there`: the times of steps that are not sent if theirs are others.
+    """
     from mlflow.entities import Metric, Param, RunTag
 
     metrics = []
     for record in records:
         millis = int(record["time"] * 1000)
         match record["kind"]:
-            case "metrics" if record["step"] > last_step:
+            case "metrics" if there.get(record["step"], millis) == millis:
                 metrics += [Metric(key, value, millis, record["step"]) for key, value in record["metrics"].items()]
             case "evaluation":
-                metrics += [Metric(key, value, millis, record["step"]) for key, value in record["metrics"].items()]
+                for key, value in record["metrics"].items():
+                    metrics.append(Metric(key, value, millis, record["step"]))
+                    if value > 0 and not key.endswith("_se"):  # some of MLflow's charts have no logarithmic axis
+                        name = key.replace("/", "/log10_")
+                        metrics.append(Metric(name, math.log10(value), millis, record["step"]))
                 tags = [RunTag(f"{key}.passport", json.dumps(p)) for key, p in record["passports"].items()]
                 client.log_batch(run_id, tags=tags)
             case "run":
                 params = [Param(key, str(value)[:500]) for key, value in flatten(record["config"]).items()]
                 client.log_batch(run_id, params=params, tags=[RunTag("iddpm.folder", str(folder.resolve()))])
                 _log_dataset(client, run_id, record["dataset"])
-            case "tags":
+            case "tags":  # an attempt begins
+                client.update_run(run_id, status="RUNNING")
                 client.log_batch(run_id, tags=[RunTag(key, value) for key, value in record["tags"].items()])
             case "image":
                 _log_image(client, run_id, folder / record["file"], record["key"], record["step"])

@@ -37,6 +37,7 @@ def test_values_go_to_the_terminal_and_the_journal(small_run: str, capsys: pytes
         "eval/nll_se",
         "eval/fd_digits",
         "eval/precision_digits",
+        "eval/train_flops",
     }
     assert last["passports"]["eval/fd_digits"] | {"n": 40, "seed": 0, "eta": 0.0} == last["passports"]["eval/fd_digits"]
     assert read_journal(Path(small_run))[-1]["status"] == "FINISHED"  # as it was
@@ -50,7 +51,11 @@ def test_two_checkpoints_of_a_run_are_compared(small_run: str, capsys: pytest.Ca
     assert "nll_difference" in said
     assert "the first is lower, clearly" in said
     *_, last = evaluations(small_run)
-    assert last["metrics"].keys() == {"eval/nll", "eval/nll_se"}  # the difference belongs to two runs
+    assert last["metrics"].keys() == {
+        "eval/nll",
+        "eval/nll_se",
+        "eval/train_flops",
+    }  # the difference belongs to two runs
 
 
 def test_exact_writes_its_terms(small_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +94,7 @@ def test_training_evaluates_and_is_not_changed_by_it(digits: str, tmp_path: Path
         train(tiny(digits, tmp_path / name, *more), World())
     found = evaluations(tmp_path / "evaluated")
     assert [r["step"] for r in found] == [8, 12]
-    assert found[0]["metrics"].keys() == {"eval/nll", "eval/nll_se", "eval/fd_digits"}
+    assert found[0]["metrics"].keys() == {"eval/nll", "eval/nll_se", "eval/fd_digits", "eval/train_flops"}
     assert found[0]["passports"]["eval/nll"]["n"] == 8
     plain, evaluated = (
         [r["metrics"]["train/loss"] for r in read_journal(tmp_path / name) if r["kind"] == "metrics"]

@@ -18,11 +18,16 @@ def law(n, d):
     return E + A * n**-ALPHA + B * d**-BETA
 
 
+def point(run: str, parameters: float, images: float, flops: float, value: float) -> ComputePoint:
+    where = {"run": run, "parameters": parameters, "images": images, "flops": flops, "budget": flops}
+    return ComputePoint(name="nll", value=value, step=1, passport={}, **where)
+
+
 def grid(noise: float = 0.0, seed: int = 0, sizes=SIZES, budgets=BUDGETS, seeds: int = 1) -> list[ComputePoint]:
     """Runs that follow L(N, D), each to a budget of its own; C = 6 N D."""
     rng = np.random.default_rng(seed)
     return [
-        ComputePoint(f"{n:.3g}-{c:.3g}-{s}", n, c / (6 * n), c, c, law(n, c / (6 * n)) * math.exp(rng.normal(0, noise)))
+        point(f"{n:.3g}-{c:.3g}-{s}", n, c / (6 * n), c, law(n, c / (6 * n)) * math.exp(rng.normal(0, noise)))
         for n in sizes
         for c in budgets
         for s in range(seeds)
@@ -31,10 +36,10 @@ def grid(noise: float = 0.0, seed: int = 0, sizes=SIZES, budgets=BUDGETS, seeds:
 
 def line(noise: float = 0.0, seed: int = 0, budgets: int = 8, seeds: int = 2) -> list[ComputePoint]:
     """Runs that follow IDDPM's printed NLL over compute."""
-    e, k, a = scaling.PAPER["NLL"]
+    e, k, a = scaling.PAPER["nll"]
     rng = np.random.default_rng(seed)
     return [
-        ComputePoint(f"{c:.3g}-{s}", 1e6, c / 6e6, c, c, (e + (k * c) ** -a) * math.exp(rng.normal(0, noise)))
+        point(f"{c:.3g}-{s}", 1e6, c / 6e6, c, (e + (k * c) ** -a) * math.exp(rng.normal(0, noise)))
         for c in np.geomspace(1e15, 1e20, budgets)
         for s in range(seeds)
     ]
@@ -44,7 +49,7 @@ def test_exact_points_give_the_exact_law() -> None:
     found = fit_size_data(grid(), 20).parameters()
     for name, true in {"E": E, "A": A, "B": B, "alpha": ALPHA, "beta": BETA}.items():
         assert found[name][0] == pytest.approx(true, rel=1e-2), name
-    e, k, a = scaling.PAPER["NLL"]
+    e, k, a = scaling.PAPER["nll"]
     found = fit_frontier(line(), 20).parameters()
     for name, true in {"E": e, "A": k**-a, "a": a}.items():
         assert found[name][0] == pytest.approx(true, rel=1e-2), name
@@ -55,7 +60,7 @@ def test_exact_points_give_the_exact_law() -> None:
 def test_true_exponents_lie_in_their_intervals(kind: str) -> None:
     """In at least 90 of 100 repeats, of intervals that promise 95 %."""
     hits = dict.fromkeys(("a",) if kind == "L(C)" else ("alpha", "beta"), 0)
-    true = {"a": scaling.PAPER["NLL"][2], "alpha": ALPHA, "beta": BETA}
+    true = {"a": scaling.PAPER["nll"][2], "alpha": ALPHA, "beta": BETA}
     for seed in range(100):
         if kind == "L(C)":
             found = fit_frontier(line(0.005, seed), 200).parameters()
@@ -162,7 +167,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
             lambda: fit_size_data(
                 [dataclasses.replace(p, passport={"images": 64 if i else 32}) for i, p in enumerate(points)]
             ),
-            r"mixed images: got 32 \(.*\), 64 \(.*\), expected one",
+            r"not comparable: they differ in images: 32 and 64",
         ),
         (
             lambda: hold_out([p for p in points if p.budget < BUDGETS[4]], "L(C)"),
@@ -177,5 +182,8 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     assert "alpha" in fit.undetermined or "A" in fit.undetermined
     with pytest.raises(ValueError, match=r"do not determine .* of L\(N, D\)"):
         compute_optimal(fit, flat, 1e18)
+    noisy = grid(0.6)
+    with pytest.raises(ValueError, match=r"interval is .* weights; the points do not determine it"):
+        compute_optimal(fit_size_data(noisy, 100), noisy, 1e18)
     with pytest.raises(ValueError, match="show no optimum"):
         compute_optimal(fit_size_data(grid(sizes=SIZES[:3]), 20), small, 1e18)

@@ -1,5 +1,6 @@
 """A study: its file, its plan, its runs from start through a signal to the end, and its report."""
 
+import base64
 import json
 import math
 import os
@@ -34,10 +35,11 @@ TINY = {
     "model": {"channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": []},
     "diffusion": {"timesteps": 20},
 }
+EVALUATE = {"metrics": "nll,fid", "exact": True, "images": 4, "features": "trained", "samples": 16, "steps": 5}
 
 
 def study_file(folder: Path, train: dict | None = None, **fields: object) -> Path:
-    content = {"name": "s", "values": [32, 64], "budgets": [1e10, 2e10], "nll_images": 4, "out": str(folder / "s")}
+    content = {"name": "s", "values": [32, 64], "budgets": [1e10, 2e10], "evaluate": EVALUATE, "out": str(folder / "s")}
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(content | fields | {"train": TINY | (train or {})}))
     return path
@@ -69,11 +71,14 @@ def test_the_runs_of_a_study_file(tmp_path: Path) -> None:
         ({"seeds": [1, 2, 3]}, "expected one number, or one for each of the values"),
         ({"sizes": [1]}, "sizes"),
         ({"train": {"lrr": 1}}, "lrr"),
+        ({"evaluate": {"image": 1}}, "--images"),
+        ({"evaluate": {"metrics": "nll,is"}}, "expected some of nll, fid, kid"),
     ],
 )
 def test_a_wrong_study_file_is_one_clear_error(tmp_path: Path, capsys, fields: dict, says: str) -> None:
+    path = study_file(tmp_path, **fields)
     with pytest.raises(SystemExit) as ended:
-        _ = load_study(study_file(tmp_path, **fields)).runs
+        _ = [(loaded.runs, loaded.evaluation) for loaded in [load_study(path)]]
     assert ended.value.code == 2
     assert says in " ".join(capsys.readouterr().err.split())
 
@@ -99,9 +104,17 @@ def test_a_plan_counts_and_warns(tmp_path: Path, capsys, digits: str) -> None:
     assert row[2] == f"{cost.parameters:,}"
     assert row[6] == str(steps)
     assert float(row[7]) == pytest.approx(steps * 16 / 1438, abs=0.01)
-    hours = steps * 16 * cost.train / (0.5 * 67e12) / 3600
+    measuring = 4 * 20 + 16 * 5
+    hours = (steps * 16 * 3 + measuring) * cost.forward / (0.5 * 67e12) / 3600
     assert float(row[-2]) == pytest.approx(hours, rel=0.01)
-    for warning in ("below one epoch", "warm-up of 5 steps", "average over 100 steps", "2 sizes", "1 budgets"):
+    for warning in (
+        "below one epoch",
+        "warm-up of 5 steps",
+        "average over 100 steps",
+        "2 sizes",
+        "1 budgets",
+        "2 runs",
+    ):
         assert warning in said
     with pytest.raises(ValueError, match="expected one of a100"):
         Plan(path, hardware="abacus")
@@ -109,8 +122,6 @@ def test_a_plan_counts_and_warns(tmp_path: Path, capsys, digits: str) -> None:
 
 def test_what_slurm_and_ray_are_given(tmp_path: Path, capsys, digits: str, monkeypatch) -> None:
     path = study_file(tmp_path, {"data": {"url": digits}, "tracking": {"uri": "http://127.0.0.1:1"}})
-    done = load_study(path)
-    done.store.write(done.runs[1].point(2e10), b"{}")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match="--launcher slurm: there is no sbatch here"):
         execute(study.Execute(path, launcher="slurm"))
@@ -140,7 +151,9 @@ def test_a_study_interrupted_and_run_again(tmp_path: Path, digits: str, capsys) 
 
     run_module("jobs.study", "run", str(path), env=environment)
     loaded = load_study(path)
-    (point,) = load_points(loaded)
+    measured = load_points(loaded)
+    assert measured.keys() == {"nll", "fd_digits"}
+    (point,), (distance,) = measured.values()
     step = 16 * count(loaded.runs[0].config).train
     assert 2e10 <= point.flops < 2e10 + step
     assert point.flops == point.images * step / 16
@@ -153,7 +166,11 @@ def test_a_study_interrupted_and_run_again(tmp_path: Path, digits: str, capsys) 
     parent = next(run for run in runs if run.data.tags["iddpm.uid"] == loaded.parent)
     (child,) = [run for run in runs if run is not parent]
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert child.data.metrics["eval/nll"] == pytest.approx(point.value)
+    for value in (point, distance):
+        assert child.data.metrics[f"eval/{value.name}"] == pytest.approx(value.value)
+        assert child.data.metrics[f"eval/log10_{value.name}"] == pytest.approx(math.log10(value.value))
+        assert json.loads(child.data.tags[f"eval/{value.name}.passport"]) == value.passport
+    assert (point.passport["n"], distance.passport["n"]) == (4, 16)
     assert child.data.metrics["compute/train_flops"] == point.flops
 
     capsys.readouterr()
@@ -161,61 +178,68 @@ def test_a_study_interrupted_and_run_again(tmp_path: Path, digits: str, capsys) 
     study.status(study.Status(path))
     said = capsys.readouterr().out
     assert "1 of 1 runs are done" in said
-    assert f"{point.value:.4f}" in said
+    assert f"{point.value:.4f}  {distance.value:9.4f}" in said
+    # Measured in another way: again, without training.
+    path = study_file(tmp_path, train, budgets=[2e10], values=[32], evaluate={"images": 8})
+    assert execute(study.Execute(path, only="0")) == 0
+    assert [(name, p.passport["n"]) for name, (p,) in load_points(load_study(path)).items()] == [("nll", 8)]
     with pytest.raises(ValueError, match="--lr"):
         execute(study.Execute(study_file(tmp_path, train, budgets=[2e10], values=[32], lr=3e-4), only="0"))
 
 
 @pytest.fixture
 def measured(tmp_path: Path) -> Study:
-    """A study whose points follow a known law."""
+    """A study, at a URL, whose points follow a known law."""
     points = grid(0.01)
     sizes = sorted({p.parameters for p in points})
-    loaded = load_study(
-        study_file(
-            tmp_path, {"tracking": {"uri": "none"}}, values=[32, 64, 96, 128, 160], budgets=[float(b) for b in BUDGETS]
-        )
-    )
+    fields = {"values": [32, 64, 96, 128, 160], "budgets": [float(b) for b in BUDGETS]}
+    out = f"memory://{tmp_path.name}"
+    loaded = load_study(study_file(tmp_path, {"tracking": {"uri": "http://127.0.0.1:1"}}, out=out, **fields))
     for run in loaded.runs:
         size = sizes[loaded.values.index(run.value)]
         point = next(p for p in points if p.parameters == size and p.budget == run.budgets[0])
-        content = {**vars(point), "run": run.name, "passport": {"metric": "nll", "images": 64}}
-        loaded.store.write(run.point(run.budgets[0]), json.dumps(content).encode())
+        both = [{**vars(point), "run": run.name, "name": name, "passport": {"n": 64}} for name in ("nll", "fd_digits")]
+        loaded.store.write(run.point(run.budgets[0]), json.dumps({"points": both}).encode())
     return loaded
 
 
 def test_a_report(measured: Study, tmp_path: Path, capsys) -> None:
-    report.report(measured, load_points(measured), str(tmp_path / "r"))
+    largest = measured.runs[-1].config
+    Store(largest.out).write("samples/samples-0000001.png", b"a picture")
+    report.report(measured, str(tmp_path / "r"))
     said = capsys.readouterr().out
     assert "alpha" in said
     assert re.search(r"L\(N, D\) .* FLOPs: predicted .* measured .*: (inside|OUTSIDE)", said)
     assert "compute-optimal at 1e+17" in said
     page = (tmp_path / "r" / "report.html").read_text()
-    assert {p.name for p in (tmp_path / "r").glob("*.png")} == {
-        f"{name}.png" for name in ("frontier", "isoflop", "residuals", "papers")
-    }
-    assert page.count("data:image/png;base64,") == 4
+    assert "warning: MLflow did not take the report" in said
+    drawn = {f"{metric}-{name}.png" for metric in ("nll", "fd_digits") for name in ("frontier", "isoflop", "residuals")}
+    assert {p.name for p in (tmp_path / "r").glob("*.png")} == drawn | {"nll-papers.png"}  # fd_digits is no FID
+    assert page.count("data:image/png;base64,") == 8
+    assert base64.b64encode(b"a picture").decode() in page
     assert 'src="http' not in page
     fits = json.loads((tmp_path / "r" / "fit.json").read_text())
-    value, low, high = fits["fits"]["L(N, D)"]["alpha"]
+    value, low, high = fits["fd_digits"]["fits"]["L(N, D)"]["alpha"]
     assert low < value < high
 
 
 def test_a_report_says_what_it_refuses(measured: Study) -> None:
-    few = [p for p in load_points(measured) if p.budget < BUDGETS[2] and p.parameters < 1e7]
+    few = [p for p in load_points(measured)["nll"] if p.budget < BUDGETS[2] and p.parameters < 1e7]
     findings = report.Findings(few)
     assert not findings.fits
     assert "expected 4 or more" in findings.refused["L(C)"]
     assert "refused: L(C)" in findings.text()
     assert set(report.figures(findings)) == {"frontier", "isoflop"}
-    with pytest.raises(ValueError, match="no measured points"):
-        report.Findings([])
 
 
-def test_a_changed_passport_is_refused(measured: Study) -> None:
+def test_a_changed_passport_is_refused(measured: Study, tmp_path: Path, capsys) -> None:
     name = measured.runs[0].point(measured.runs[0].budgets[0])
-    store = Store(measured.out)
-    content = json.loads(store.read(name))
-    store.write(name, json.dumps(content | {"passport": {"metric": "nll", "images": 32}}).encode())
-    with pytest.raises(ValueError, match="mixed images"):
-        report.Findings(load_points(measured))
+    content = json.loads(measured.store.read(name))
+    content["points"][0]["passport"]["n"] = 32
+    measured.store.write(name, json.dumps(content).encode())
+    report.report(measured, None)
+    said = capsys.readouterr().out
+    assert re.search(r"refused: nll: .* not comparable: they differ in n: 32 and 64", said)
+    assert "fd_digits: 25 points" in said
+    with pytest.raises(ValueError, match="no points to fit"):
+        report.report(load_study(study_file(tmp_path)), None)

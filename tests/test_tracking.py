@@ -1,16 +1,18 @@
 """The journal is complete and has each step once; MLflow gets all of it, whatever happens to its server."""
 
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -22,7 +24,7 @@ CONFIG = {"lr": 0.1, "model": {"channels": 32}}
 DATASET = {"url": "data/digits", "name": "digits", "digest": "0" * 32}
 
 
-def tracker(folder: Path, uri: str, uid: str | None = None, **config: object) -> Tracker:
+def tracker(folder: Path, uri: str | None, uid: str | None = None, **config: object) -> Tracker:
     options = {"experiment": "study", "flush_s": 120.0, **config}
     return Tracker(folder, TrackingConfig(uri=uri, **options), uid=uid, name="run", run_config=CONFIG, dataset=DATASET)
 
@@ -117,30 +119,69 @@ def stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-@pytest.mark.slow
-def test_a_dead_server_holds_nothing_up_and_gets_everything_later(tmp_path: Path, capsys) -> None:
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
-    folder = tmp_path / "run"
-    begin = time.perf_counter()
-    tracked = tracker(folder, uri, flush_s=3.0)
-    for step in range(50):
-        tracked.log(step, {"train/loss": float(step), "compute/train_flops": float(step)})
-    assert time.perf_counter() - begin < 5  # refused connections are the thread's business
-    tracked.close("KILLED")
-    said = capsys.readouterr().out
-    assert str(folder / JOURNAL) in said
-    assert "python -m pipeline.tracking" in said
+def shipped(folder: Path) -> int:
+    """Bytes of the journal that have arrived."""
+    state = folder / "journal.shipped"
+    return json.loads(state.read_text())["offset"] if state.exists() else 0
 
-    process = server(tmp_path, port)
+
+def until(what: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 240
+    while not what():
+        assert time.monotonic() < end
+        assert process.poll() is None
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_absent_then_killed_gets_everything_once(digits: str, tmp_path: Path) -> None:
+    """Training starts without it, meets it on the way, loses it by SIGKILL, and ends without it."""
+    port = free_port()
+    uri, folder = f"http://127.0.0.1:{port}", tmp_path / "run"
+    flags = ["--data.url", digits, "--out", str(folder), "--horizon", "1e6steps", "--log-every", "1"]
+    flags += ["--tracking.uri", uri, "--tracking.flush-s", "2", "--tracking.experiment", "study"]
+    # Slow steps, lest the journal becomes long.
+    command = [sys.executable, "-m", "pipeline.train", *TINY, "--batch-size", "64", "--sample-every", "20", *flags]
+    with (tmp_path / "said").open("w") as said:
+        training = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
+    processes = [training]
     try:
+        until(lambda: "does not answer" in (tmp_path / "said").read_text(), training)
+        processes.append(server(tmp_path, port))
+        until(lambda: shipped(folder) > 0, training)
+        stop(processes.pop())
+        logged = len(steps(folder))
+        until(lambda: len(steps(folder)) > logged + 5, training)
+        training.send_signal(signal.SIGTERM)
+        assert training.wait(120) == 75
+        assert shipped(folder) < (folder / JOURNAL).stat().st_size
+        assert f"python -m pipeline.tracking {folder}" in (tmp_path / "said").read_text()
+
+        processes.append(server(tmp_path, port))
         command = [sys.executable, "-m", "pipeline.tracking", str(folder), "--uri", uri]
-        subprocess.run(command, check=True, timeout=180, cwd=ROOT)
-        _, run = the_run(uri)
-        history = MlflowClient(uri).get_metric_history(run.info.run_id, "train/loss")
-        assert [m.step for m in history] == list(range(50))
+        subprocess.run(command, check=True, timeout=240, cwd=ROOT)
+        client, run = the_run(uri)
+        for name in ("train/loss", "compute/train_flops"):
+            expected = [(r["step"], r["metrics"][name]) for r in read_journal(folder) if r["kind"] == "metrics"]
+            assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] == expected
+        pictures = [f.path for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]
+        assert len(pictures) == len(list((folder / "samples").iterdir()))
+        assert run.info.status == "KILLED"
     finally:
-        stop(process)
+        for process in processes:
+            if process.poll() is None:
+                stop(process)
+
+
+def test_a_new_database_gets_the_whole_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{name}.db")
+        tracked = tracker(tmp_path, None, uid="x" * 32)
+        tracked.log(1, {"train/loss": 1.0})
+        tracked.close("FINISHED")
+    _, run = the_run("sqlite:///b.db")
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"train/loss": 1.0})
 
 
 def test_no_password_is_printed_or_recorded(tmp_path: Path, capsys) -> None:
@@ -186,6 +227,7 @@ def test_the_runs_of_a_study_are_children_of_one_run(tmp_path: Path, monkeypatch
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == 2
     for child in children:
-        assert child.data.metrics == {"train/loss": 1.0, "eval/nll": 4.0, "compute/train_flops": 3.0}
+        evaluated = {"eval/nll": 4.0, "eval/log10_nll": math.log10(4.0)}
+        assert child.data.metrics == {"train/loss": 1.0, "compute/train_flops": 3.0, **evaluated}
         (measured,) = client.get_metric_history(child.info.run_id, "eval/nll")
         assert measured.step == 3
