@@ -75,19 +75,26 @@ class Slurm:
         text = self.run("scontrol", "show", "--oneliner", "job", job).splitlines()[0]
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
+    def processes(self) -> dict[int, dict[str, str]]:
+        """What this Slurm runs and has left behind: process ids, with their environments."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # ended meanwhile
+                pairs = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+                variables = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+                if variables.get("SLURM_CONF") == self.env["SLURM_CONF"]:
+                    found[int(process.name)] = variables
+        return found
+
     def tasks(self, job: str, node: str = "") -> list[int]:
         """The process ids of what srun has started for a job (or an array), on this node or on both."""
-        jobs = {f"SLURM_JOB_ID={job}", f"SLURM_ARRAY_JOB_ID={job}"}
-        nodes = {f"SLURMD_NODENAME={name}" for name in ([node] if node else ["node1", "node2"])}
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                variables = set((process / "environ").read_text().split("\0"))
-            except OSError:
-                continue  # ended meanwhile
-            if variables & jobs and variables & nodes and any(v.startswith("SLURM_STEP_ID=") for v in variables):
-                found.append(int(process.name))
-        return found
+        return [
+            pid
+            for pid, variables in self.processes().items()
+            if "SLURM_STEP_ID" in variables
+            and job in (variables.get("SLURM_JOB_ID"), variables.get("SLURM_ARRAY_JOB_ID"))
+            and node in ("", variables.get("SLURMD_NODENAME"))
+        ]
 
     def start(self, name: str, *command: str) -> None:
         program = shutil.which(command[0], path=self.env["PATH"])
@@ -153,6 +160,9 @@ def private_slurm(folder: Path) -> Iterator[Slurm]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(10)
             daemon.kill()
+        for pid in slurm.processes():  # a job's shepherd that still wants to tell the controller something
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _idle(slurm: Slurm) -> int:

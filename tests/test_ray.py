@@ -182,7 +182,7 @@ def test_a_study_is_submitted_run_by_run(cluster: Cluster, code: Path, digits: s
     until(lambda: all(states()[job] not in ("PENDING", "RUNNING") for job in (first, second)), lambda: str(states()))
     logs = "\n".join(cluster.get(f"/api/jobs/{job}/logs")["logs"] for job in (first, second))
     assert {states()[job] for job in (first, second)} == {"SUCCEEDED"}, logs
-    assert len(load_points(load_study(path))) == 2
+    assert [len(points) for points in load_points(load_study(path)).values()] == [2, 2]
     assert "launcher local, 1 x CPU" in logs
     assert "2 of 2 runs are done" in submit()
     # What a job brings along.

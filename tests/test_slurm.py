@@ -188,13 +188,13 @@ def test_which_jobs_start_again(slurm: Slurm, tmp_path: Path) -> None:
 
 
 def test_a_study_is_an_array_that_goes_on_after_preemption(slurm: Slurm, digits: str, tmp_path: Path) -> None:
-    content = {"name": "s", "values": [32, 64], "budgets": [3e10], "nll_images": 4, "out": str(tmp_path / "s")}
+    content = {"name": "s", "values": [32, 64], "budgets": [3e10], "out": str(tmp_path / "s")}
     settings = {"batch_size": 8, "warmup_steps": 0, "ema_rates": [0.5], "log_every": 1, "checkpoint_every": 50}
     settings |= {"sample_count": 4, "sample_steps": 4, "device": "cpu", "data": {"url": digits}}
     settings |= {"model": {"channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": []}}
     settings |= {"diffusion": {"timesteps": 20}, "tracking": {"uri": "none"}}
     file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(content | {"train": settings}))
+    file.write_text(yaml.safe_dump(content | {"train": settings, "evaluate": {"images": 4, "exact": True}}))
     command = (sys.executable, "-m", "jobs.study", "run", str(file), "--launcher", "slurm")
     slurm.env["SBATCH_OUTPUT"] = f"{tmp_path}/%a.log"
     said = slurm.run(*command)
@@ -216,7 +216,7 @@ def test_a_study_is_an_array_that_goes_on_after_preemption(slurm: Slurm, digits:
         assert f"interrupted: requeueing job {array}_{task}" in text
         assert text.count("resuming at step") == 1, text
         assert slurm.job(f"{array}_{task}")["JobState"] == "COMPLETED", text
-    points = load_points(load_study(file))
+    (points,) = load_points(load_study(file)).values()
     assert len(points) == 2
     assert all(3e10 <= point.flops < 3.2e10 for point in points)
     assert "2 of 2 runs are done" in slurm.run(*command)
@@ -225,7 +225,8 @@ def test_a_study_is_an_array_that_goes_on_after_preemption(slurm: Slurm, digits:
 def test_an_evaluation_over_two_nodes(slurm: Slurm, reference: str, tmp_path: Path) -> None:
     options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={tmp_path}/log"]
     flags = ["--images", "16", "--tracking.uri", "none"]
-    slurm.run("sbatch", "--wait", *options, "slurm/evaluate.sh", reference, *flags, timeout=180)
+    job = slurm.run("sbatch", "--parsable", *options, "slurm/evaluate.sh", reference, *flags).strip()
+    slurm.until(lambda: slurm.job(job)["JobState"] == "COMPLETED", "end")
     assert "16 images" in (tmp_path / "log").read_text()
 
 
