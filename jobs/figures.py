@@ -26,7 +26,7 @@ from iddpm.schedule import respace
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import parse_flags
 from pipeline.data import Cache, Reader, load_index
-from pipeline.metrics import Features, Reference, dataset_reference, extract, frechet_distance, trained_features
+from pipeline.metrics import Features, Reference, dataset_reference, frechet_distance, moments_of, trained_features
 from pipeline.nll import NllPlan, measure_nll
 from pipeline.sample import Recipe, Trained, load_trained, to_uint8
 from pipeline.storage import StorageConfig, Store
@@ -102,7 +102,7 @@ class Bench:
                 index = torch.arange(start, min(start + 64, self.config.samples), device=self.world.device)
                 yield to_uint8(final(recipe.run(model.model, chain, index, model.shape, model.dtype, None)))
 
-        moments = extract(drawn(), features, self.world, keep=False)[0]
+        moments = moments_of(drawn(), features, self.world)
         return frechet_distance(moments.mean_covariance(), reference.moments)
 
 
