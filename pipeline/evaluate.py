@@ -30,7 +30,7 @@ from pipeline.nll import Nll, NllPlan, measure_nll
 from pipeline.passport import Measured
 from pipeline.sample import Recipe, Trained, draw_batches, image_shape, load_trained, write_out
 from pipeline.storage import StorageConfig, Store
-from pipeline.tracking import JOURNAL, Tracker, fetch_journal, journal_dir, read_journal, run_name
+from pipeline.tracking import Tracker, fetch_journal, journal_dir, put_evaluation, read_journal, run_name
 from pipeline.world import World
 
 
@@ -281,21 +281,21 @@ def _track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) 
             "digest": meta["dataset_digest"] or "unknown",
         },
     )
-    log_measured(tracker, trained.step, found)
-    tracker.close(marks[-1] if marks else "FINISHED")
+    line = log_measured(tracker, trained.step, found)
     if run.local is None:
-        run.write(JOURNAL, tracker.path.read_bytes())
+        put_evaluation(run, line)
+    tracker.close(marks[-1] if marks else "FINISHED")
 
 
-def log_measured(tracker: Tracker, step: int, found: Sequence[Measured]) -> None:
-    """`eval/NAME`, with `eval/NAME_se` where there is a standard error."""
+def log_measured(tracker: Tracker, step: int, found: Sequence[Measured]) -> bytes:
+    """`eval/NAME`, with `eval/NAME_se` where there is a standard error; the journal's line."""
     values: dict[str, float] = {}
     for value in found:
         if value.step == step and f"eval/{value.name}" not in values:
             values[f"eval/{value.name}"] = value.value
             if value.standard_error is not None:
                 values[f"eval/{value.name}_se"] = value.standard_error
-    tracker.evaluation(step, values, {f"eval/{value.name}": value.passport for value in found})
+    return tracker.evaluation(step, values, {f"eval/{value.name}": value.passport for value in found})
 
 
 def report(nll: Nll) -> str:

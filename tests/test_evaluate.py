@@ -19,7 +19,8 @@ from pipeline.loop import train
 from pipeline.metrics import Features, moments_npz
 from pipeline.passport import Measured
 from pipeline.sample import draw_batches, load_trained
-from pipeline.tracking import read_journal
+from pipeline.storage import Store
+from pipeline.tracking import fetch_journal, read_journal
 from pipeline.world import World
 
 CPU = torch.device("cpu")
@@ -224,3 +225,27 @@ def test_a_run_that_is_still_training_keeps_its_status(digits: str, tmp_path: Pa
     journal.write_text("".join(line for line in lines if '"status"' not in line))  # as another process leaves it
     main(EvaluateConfig(str(tmp_path), images=4, draws=2, **NO_TRACKING), World())
     assert [r["kind"] for r in read_journal(tmp_path)][-1] == "evaluation"
+
+
+def test_evaluating_a_remote_run_while_it_trains_loses_nothing(
+    digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training copies its journal over the one at the run's URL: the line of an evaluation elsewhere is kept apart."""
+    monkeypatch.chdir(tmp_path)  # where training has its journal
+    monkeypatch.setattr(evaluate, "journal_dir", lambda _: tmp_path / "elsewhere")
+    run = "memory://evaluated/run"
+
+    def evaluate_now(step: int, _: dict[str, float]) -> None:
+        if step == 12:  # when the checkpoint of step 4 is committed for certain, and before the last copy
+            for _ in range(2):
+                main(EvaluateConfig(run, step=4, images=4, draws=2, **NO_TRACKING), World())
+
+    flags = ("--checkpoint-every", "4", "--log-every", "2", "--sample-every", "0")
+    train(tiny(digits, run, *flags), World(), evaluate_now)
+    train(tiny(digits, run, *flags, "--horizon", "16steps"), World())
+    there = read_journal(Store(run))
+    assert [r["step"] for r in there if r["kind"] == "metrics"] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert [r["step"] for r in there if r["kind"] == "evaluation"] == [4]
+    assert [r["status"] for r in there if r["kind"] == "status"] == ["FINISHED", "FINISHED"]
+    fetch_journal(Store(run), tmp_path / "third")
+    assert [r["step"] for r in evaluations(tmp_path / "third")] == [4]
