@@ -5,10 +5,11 @@ figures. Image quality is measured over features trained on the data itself, so 
 """
 
 import csv
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from iddpm.config import DiffusionConfig, Schedule
 from iddpm.diffusion import Diffusion
-from iddpm.likelihood import pilot_distribution, pilot_sizes
 from iddpm.noise import normal, stream_key, uniform
 from iddpm.sampling import ddim, final, slerp
 from iddpm.schedule import respace
+from iddpm.timesteps import LossSecondMomentSampler, TimestepSampler, UniformSampler
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import parse_flags
-from pipeline.data import Cache, Reader, load_index
-from pipeline.metrics import Features, Reference, dataset_reference, extract, frechet_distance, trained_features
+from pipeline.data import Cache, Reader, ShardIndex, load_index
+from pipeline.metrics import Features, Reference, dataset_reference, frechet_distance, moments_of, trained_features
 from pipeline.nll import NllPlan, measure_nll
 from pipeline.sample import Recipe, Trained, load_trained, to_uint8
 from pipeline.storage import StorageConfig, Store
@@ -57,6 +58,8 @@ class FiguresConfig:
     """Validation images for bits/dim."""
     samples: int = 512
     """Images drawn for each point of quality."""
+    gradients: int = 512
+    """Training images whose gradients the noise scale is estimated from."""
     steps: tuple[int, ...] = (5, 10, 25, 50, 100)
     """Numbers of sampling steps K."""
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -69,19 +72,20 @@ class Bench:
         self.config = config
         self.world = World(device=pick_device("auto", 0))
         self.data = Store(config.data, config.storage)
-        self.val = load_index(self.data, "val")
+        self.train, self.val = (load_index(self.data, split) for split in ("train", "val"))
         self._quality: tuple[Features, Reference] | None = None
 
-    def load(self, run: str, step: int | None = None) -> Trained:
-        trained = load_trained(run, self.config.storage, self.world.device, step=step)
+    def load(self, run: str, step: int | None = None, ema_rate: float | None = None) -> Trained:
+        trained = load_trained(run, self.config.storage, self.world.device, ema_rate, step)
         if trained.config.model.num_classes is not None:
             raise ValueError(f"{run}: is class-conditional; the figures are of unconditional models")
         return trained
 
-    def read(self, count: int) -> Tensor:
-        """Validation images in [-1, 1], [n, C, H, W]."""
-        with closing(Reader(self.data, self.val)) as reader:
-            return reader.read(np.arange(count))[0].to(self.world.device).float() / 127.5 - 1
+    def read(self, index: ShardIndex, count: int | None = None) -> Tensor:
+        """The first images of a split, or all, in [-1, 1], [n, C, H, W]."""
+        with closing(Reader(self.data, index)) as reader:
+            images, _ = reader.read(np.arange(count or index.num_samples))
+        return images.to(self.world.device).float() / 127.5 - 1
 
     def nll(self, model: Trained, **plan: Any) -> Any:
         with closing(Reader(self.data, self.val)) as reader:
@@ -91,10 +95,9 @@ class Bench:
     def quality(self, model: Trained, chain: Diffusion, recipe: Recipe) -> float:
         """The Fréchet distance of drawn images to the training images."""
         if self._quality is None:
-            train = load_index(self.data, "train")
-            features = trained_features(self.data, train, self.world)
+            features = trained_features(self.data, self.train, self.world)
             cache = Cache(model.config.data.cache_dir, 10**10)
-            self._quality = features, dataset_reference(self.data, train, features, self.world, cache)
+            self._quality = features, dataset_reference(self.data, self.train, features, self.world, cache)
         features, reference = self._quality
 
         def drawn() -> Iterator[Tensor]:
@@ -102,7 +105,7 @@ class Bench:
                 index = torch.arange(start, min(start + 64, self.config.samples), device=self.world.device)
                 yield to_uint8(final(recipe.run(model.model, chain, index, model.shape, model.dtype, None)))
 
-        moments = extract(drawn(), features, self.world, keep=False)[0]
+        moments = moments_of(drawn(), features, self.world)
         return frechet_distance(moments.mean_covariance(), reference.moments)
 
 
@@ -144,7 +147,7 @@ def alphas() -> tuple[Rows, Callable[[Any], None]]:
 def noised(bench: Bench) -> tuple[Rows, Callable[[Any], None]]:
     """Figure 3: an image on its way to noise, by the linear schedule (above) and the cosine one."""
     steps, columns = 1000, 9
-    x = bench.read(1).cpu()
+    x = bench.read(bench.val, 1).cpu()
     eps = normal(stream_key(0, "figure"), torch.zeros(1, dtype=torch.int64), x.shape[1:])
     rows, images = [], []
     schedules: tuple[Schedule, ...] = ("linear", "cosine")
@@ -189,60 +192,96 @@ def curves(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[Any], No
     return rows, draw
 
 
-def gradient_noise(bench: Bench, run: str, batch: int = 32, count: int = 32) -> tuple[Rows, Callable[[Any], None]]:
-    """Figure 7: tr(covariance) / |gradient|^2 of each objective, on the checkpoints of one run.
+def gradient_noise(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[Any], None]]:
+    """Figure 7: the gradient noise scale of each run's own objective, on its own weights, as it trains.
 
-    The gradient noise scale of McCandlish et al. 2018, in examples, from `count` gradients of `batch` images each.
+    tr(covariance) / |gradient|^2 (McCandlish et al. 2018), in images: in the gradient of a batch so large there is as
+    much noise as signal. From the gradients of single training images. L_vlb's is that of both ways to sample
+    timesteps, however the run was trained: on the same weights they differ in nothing but noise.
     """
     rows: Rows = []
-    x = bench.read(bench.val.num_samples)
-    for step in steps_of(bench, run):
-        model = bench.load(run, step)
-        network: Any = model.model
-        vlb = Diffusion(_with_loss(model.config.diffusion, "rescaled_kl"), device=bench.world.device)
-        hybrid = Diffusion(_with_loss(model.config.diffusion, "rescaled_mse"), device=bench.world.device)
-
-        def pilot_noise(t: Tensor) -> Tensor:
-            return normal(stream_key(1, "pilot"), t * len(t) + torch.arange(len(t), device=t.device), x.shape[1:])
-
-        sizes = pilot_sizes(vlb, network, x[:16], pilot_noise)
-        important = torch.cat([sizes[:1], sizes])  # L_0 like L_1
-        even = torch.full_like(important, 1 / len(important))
-        for name, process, p in (
-            ("L_vlb, importance sampled", vlb, pilot_distribution(important)),
-            ("L_vlb", vlb, even),
-            ("L_hybrid", hybrid, even),
-        ):
-            gradients = [_gradient(network, process, x, p, i, batch) for i in range(count)]
-            mean = torch.stack(gradients).mean(0)
-            covariance = torch.stack([(g - mean).square().sum() for g in gradients]).sum() / (count - 1)
-            if process is hybrid or p is not even:  # L_vlb's own gradient is the same one, lost in its noise
-                signal = mean.square().sum() - covariance / count  # without what chance adds to it
-            rows.append({"objective": name, "step": step, "noise_scale": float(batch * covariance / signal),
-                         "covariance": float(covariance), "signal": float(signal)})  # fmt: skip
+    x, groups = bench.read(bench.train), 32
+    for name, run in runs.items():
+        for step in steps_of(bench, run):
+            model = bench.load(run, step, ema_rate=0)  # not an average's, whose gradient trains nothing
+            config = model.config.diffusion
+            process = Diffusion(config, device=bench.world.device)
+            vlb = config.loss in ("kl", "rescaled_kl")
+            sampler = _importance_sampler(model, process, x) if vlb else UniformSampler(config.timesteps)
+            size = max(1, bench.config.gradients // groups)
+            found = [_gradients(model, process, sampler, x, group, size) for group in range(groups)]
+            sums, squares, uniform_squares = (torch.stack(column) for column in zip(*found, strict=True))
+            products = sums @ sums.T
+            kinds = {"L_vlb, importance sampled": squares, "L_vlb": uniform_squares} if vlb else {name: squares}
+            for objective, power in kinds.items():
+                value, se = _noise_scale(products, power)
+                rows.append({"objective": objective, "weights": name, "step": step, "noise_scale": value, "se": se})
 
     def draw(axis: Any) -> None:
-        _lines(axis, [row for row in rows if row["signal"] > 0], "step", "noise_scale", "objective")
+        def line(row: dict[str, Any]) -> str:
+            objective, weights = row["objective"], row["weights"]
+            return objective if objective == weights else f"{objective}, on weights of {weights}"
+
+        _lines(axis, [row | {"line": line(row)} for row in rows], "step", "noise_scale", "line", error="se")
         axis.set(xlabel="training steps", ylabel="gradient noise scale, images", yscale="log")
 
     return rows, draw
 
 
-def _with_loss(config: DiffusionConfig, loss: Any) -> DiffusionConfig:
-    return replace(config, loss=loss)
+def _gradients(
+    model: Trained, process: Diffusion, sampler: TimestepSampler, x: Tensor, group: int, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a group of images: the mean gradient, that of |gradient|^2, and what the latter were with uniform timesteps.
+
+    By single images, each weighted for the probability of its timestep.
+    """
+    network: Any = model.model
+    index = torch.arange(group * size, (group + 1) * size, device=x.device)
+    images, eps = _draw("gradient", index, x)
+    t, weights = sampler.sample(uniform(stream_key(0, "t"), index))
+    gradients = []
+    for one in torch.arange(size, device=x.device).split(1):
+        loss = process.training_losses(network, images[one], t[one], eps[one]).loss.sum()
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]))
+    each = torch.stack(gradients).double()
+    squares, weights = each.square().sum(1), weights.double()
+    return weights @ each / size, (weights.square() * squares).mean(), (weights * squares).mean()
 
 
-def _gradient(network: Any, process: Diffusion, x: Tensor, p: Tensor, number: int, batch: int) -> Tensor:
-    """Of the mean loss of some images, at timesteps drawn by p (float64 [T]) and weighted for it."""
-    index = torch.arange(number * batch, (number + 1) * batch)
-    chosen = (uniform(stream_key(0, "image"), index) * len(x)).long().to(x.device)
-    t = torch.searchsorted(p.cumsum(0) / p.sum(), uniform(stream_key(0, "t"), index), right=True).clamp(max=len(p) - 1)
-    weights = (1 / (len(p) * p[t])).float().to(x.device)
-    eps = normal(stream_key(0, "eps"), index.to(x.device), x.shape[1:])
-    losses = process.training_losses(network, x[chosen], t.to(x.device), eps).loss
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    found = torch.autograd.grad((losses * weights).mean(), parameters)
-    return torch.cat([g.flatten() for g in found]).double()
+def _noise_scale(products: Tensor, power: Tensor) -> tuple[float, float]:
+    """The scale, and its standard error by the jackknife.
+
+    From the inner products [n, n] of the mean gradients of n groups, and the mean of each one's squared gradients [n].
+    """
+    n = len(power)
+
+    def scale(keep: Tensor) -> float:
+        of, m = products[keep][:, keep], len(keep)
+        signal = (of.sum() - of.trace()) / (m * (m - 1))  # of different groups: without what noise adds to a square
+        return float(power[keep].mean() / signal - 1)
+
+    every = torch.arange(n)
+    without = torch.tensor([scale(every[every != i]) for i in range(n)])
+    return scale(every), math.sqrt((n - 1) * without.var(correction=0))
+
+
+def _importance_sampler(model: Trained, process: Diffusion, x: Tensor) -> LossSecondMomentSampler:
+    """As training has it: with a full history of losses of each timestep."""
+    steps = process.num_timesteps
+    sampler = LossSecondMomentSampler(steps, device=x.device)
+    t = torch.arange(steps, device=x.device)
+    for i in range(sampler.history.shape[1]):
+        images, eps = _draw("history", t + i * steps, x)
+        with torch.no_grad():
+            parts = zip(*(tensor.split(250) for tensor in (images, t, eps)), strict=True)
+            sampler.update(t, torch.cat([process.training_losses(model.model, *part).loss for part in parts]))
+    return sampler
+
+
+def _draw(stream: str, index: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Images of x and noise for them, by number."""
+    chosen = (uniform(stream_key(0, stream, "image"), index) * len(x)).long()
+    return x[chosen], normal(stream_key(0, stream, "eps"), index, x.shape[1:])
 
 
 def quality_over_steps(bench: Bench, run: str) -> tuple[Rows, Callable[[Any], None]]:
@@ -409,8 +448,9 @@ def figures(config: FiguresConfig) -> Iterator[tuple[str, str, tuple[Rows, Calla
         yield "curves", "Learning curves", curves(bench, runs)
         yield "nll-over-steps", "Bound of shorter chains", nll_over_steps(bench, some(*list(given)[:3]) or runs)
         yield "terms", "Terms of the bound", terms(bench, some(*list(given)[:2]) or runs)
+    if own := some("L_hybrid, cosine", "L_vlb", "L_vlb, importance sampled"):
+        yield "gradient-noise", "Gradient noise", gradient_noise(bench, own)
     if config.hybrid:
-        yield "gradient-noise", "Gradient noise", gradient_noise(bench, config.hybrid)
         yield "ddim-consistency", "DDIM: more steps downwards", consistency(bench, config.hybrid)
         yield "ddim-interpolation", "DDIM: between two images", interpolation(bench, config.hybrid)
         yield "quality-over-steps", "Quality over sampling steps", quality_over_steps(bench, config.hybrid)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,10 +12,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.blocks import Block, Blocks
 from pipeline.config import LaunchConfig, TrackingConfig, TrainConfig, parse_flags, record
 from pipeline.data import Cache, Reader, ShardIndex, load_index
 from pipeline.metrics import (
     METRICS,
+    NEAR,
     Features,
     dataset_reference,
     image_metrics,
@@ -27,7 +30,7 @@ from pipeline.nll import Nll, NllPlan, measure_nll
 from pipeline.passport import Measured
 from pipeline.sample import Recipe, Trained, draw_batches, image_shape, load_trained, write_out
 from pipeline.storage import StorageConfig, Store
-from pipeline.tracking import JOURNAL, Tracker, fetch_journal, journal_dir, read_journal, run_name
+from pipeline.tracking import Tracker, fetch_journal, journal_dir, put_evaluation, read_journal, run_name
 from pipeline.world import World
 
 
@@ -95,7 +98,8 @@ class EvaluateConfig:
     download: bool = False
     """fid and the others: allow to fetch those weights from their publisher."""
     reference: str | None = None
-    """fid and the others: reference batch of the guided-diffusion evaluator (.npz) instead of the training images."""
+    """fid and the others: path or URL of a reference batch of the guided-diffusion evaluator (.npz), instead of the
+    training images."""
     neighbours: int = 3
     """precision and recall: k. The paper has 5."""
 
@@ -164,7 +168,7 @@ def measure(models: Sequence[Trained], config: EvaluateConfig, world: World, kee
     if "nll" in wanted:
         found += _nll(models, config, data, cache, world, keep)
     if set(wanted) & set(METRICS):
-        found += _image_metrics(trained, config, data, cache, world, wanted)
+        found += _image_metrics(trained, config, data, cache, world, keep, wanted)
     return found if world.rank == 0 else []
 
 
@@ -206,7 +210,13 @@ def _nll(
 
 
 def _image_metrics(
-    trained: Trained, config: EvaluateConfig, data: Store, cache: Cache, world: World, wanted: Sequence[str]
+    trained: Trained,
+    config: EvaluateConfig,
+    data: Store,
+    cache: Cache,
+    world: World,
+    keep: bool,
+    wanted: Sequence[str],
 ) -> list[Measured]:
     run = trained.config
     recipe, index, features = image_tools(config, run, data, world)
@@ -214,25 +224,24 @@ def _image_metrics(
         reference = npz_reference(config.reference, config.storage, features, world)
     else:
         reference = dataset_reference(data, index, features, world, cache)
-    lo, hi = world.share(config.samples)
-    batches = draw_batches(
-        trained.model,
-        run,
-        recipe,
-        lo,
-        hi,
-        device=world.device,
-        batch_size=config.batch_size,
-        progress=world.rank == 0,
-    )
-    values = image_metrics(batches, config.samples, reference, features, world, wanted, config.neighbours)
-    passport = {
-        "n": config.samples,
-        "ema": trained.ema_rate,
-        **asdict(recipe),
-        "features": features.digest,
-        "reference": reference.digest,
-    }
+    if reference.images is None and (near := set(wanted) & NEAR):
+        raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only their moments")
+    images = {"n": config.samples, "ema": trained.ema_rate, **asdict(recipe), "features": features.digest}
+    store = Store(config.run, config.storage) if keep else None
+    blocks = Blocks(world, store, "images", [trained.meta.get("uid"), trained.step, config.batch_size, images])
+
+    def draw(number: int) -> Block:
+        lo = number * config.batch_size
+        hi = min(lo + config.batch_size, config.samples)
+        (drawn,) = draw_batches(trained.model, run, recipe, lo, hi, device=world.device, batch_size=config.batch_size)
+        return features.see(drawn)
+
+    blocks.extend(math.ceil(config.samples / config.batch_size), draw, progress="sampling")
+    if world.rank != 0:
+        return []
+    values = image_metrics(blocks.found, reference, features, wanted, config.neighbours)
+    blocks.delete()  # some 12 KB an image
+    passport = images | {"reference": reference.digest}
     return [
         Measured(features.metric(name), value, trained.step, passport | more) for name, (value, more) in values.items()
     ]
@@ -285,21 +294,23 @@ def track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) -
             "digest": meta["dataset_digest"] or "unknown",
         },
     )
-    log_measured(tracker, trained, found)
-    tracker.close(marks[-1] if marks else "FINISHED")
+    line = log_measured(tracker, trained, found)
     if run.local is None:
-        run.write(JOURNAL, tracker.path.read_bytes())
+        put_evaluation(run, line)
+    tracker.close(marks[-1] if marks else "FINISHED")
 
 
-def log_measured(tracker: Tracker, trained: Trained, found: Sequence[Measured]) -> None:
-    """`eval/NAME`, with `eval/NAME_se` where there is a standard error, and the compute that it took to get there."""
+def log_measured(tracker: Tracker, trained: Trained, found: Sequence[Measured]) -> bytes:
+    """`eval/NAME`, with `eval/NAME_se` where there is a standard error, and the compute that it took to get there; the
+    journal's line.
+    """
     values = {"eval/train_flops": float(trained.meta["train_flops"])} if "train_flops" in trained.meta else {}
     for value in found:
         if value.step == trained.step and f"eval/{value.name}" not in values:
             values[f"eval/{value.name}"] = value.value
             if value.standard_error is not None:
                 values[f"eval/{value.name}_se"] = value.standard_error
-    tracker.evaluation(trained.step, values, {f"eval/{value.name}": value.passport for value in found})
+    return tracker.evaluation(trained.step, values, {f"eval/{value.name}": value.passport for value in found})
 
 
 def report(nll: Nll) -> str:

@@ -1,6 +1,5 @@
 """How near drawn images are to real ones: FID and its kin, over the features of a network.
 
-Moments are summed up as images stream by; only features and logits are kept, and only where a metric wants them.
 Values equal torch-fidelity's on the same features. With features other than Inception's a metric has another name:
 `fd_digits` is a Fréchet distance, but no FID.
 """
@@ -10,10 +9,10 @@ import io
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.error import URLError
 
 import numpy as np
@@ -21,11 +20,13 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from pipeline.blocks import Block
 from pipeline.data import Cache, Reader, ShardIndex, stream
-from pipeline.storage import StorageConfig, StorageError, Store
+from pipeline.storage import StorageConfig, StorageError, Store, locate
 from pipeline.world import World
 
 METRICS = ("fid", "is", "kid", "precision", "recall")
+NEAR = {"kid", "precision", "recall"}  # those that compare with real images, of which moments do not tell enough
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name of the network of 2015-12-05, bit-exact with TensorFlow's
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -50,12 +51,20 @@ class Features:
     """Of its layers and weights."""
     network: Callable[[Tensor], tuple[Tensor, Tensor]]
     """uint8 [n, C, H, W] -> features [n, D] and logits [n, K] (K = 0 where it is no classifier)."""
+    device: torch.device
+    """Where it computes."""
 
     def metric(self, name: str) -> str:
         """What a metric over these features is called."""
         if self.name == "inception":
             return name
         return {"fid": "fd", "kid": "kd"}.get(name, name) + f"_{self.name}"
+
+    @torch.no_grad()
+    def see(self, images: Tensor) -> Block:
+        """The float32 `features` and `logits` of uint8 images [n, C, H, W], on the CPU."""
+        features, logits = self.network(images.to(self.device))
+        return {"features": features.float().cpu(), "logits": logits.float().cpu()}
 
 
 def inception_features(weights: str | None, download: bool, storage: StorageConfig, device: torch.device) -> Features:
@@ -78,9 +87,8 @@ def _inception_path(weights: str | None, download: bool, storage: StorageConfig)
             raise ValueError(f"--inception {weights}: no such file")
         return Path(weights)
     if weights and not weights.startswith("http"):
-        folder, _, name = weights.rpartition("/")
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        Store(folder, storage).download(name, cached)
+        store, name = locate(weights, storage)
+        Store(cached.parent).write(cached.name, store.read(name))  # whole at once: other ranks may be reading it
     elif weights or (download and not cached.exists()):
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -120,7 +128,7 @@ def torch_fidelity_features(name: str, weights: Path | None, device: torch.devic
         return features[0], features[1] if len(features) > 1 else features[0][:, :0]
 
     short = "inception" if name == INCEPTION else name
-    return Features(short, _digest(extractor), network)
+    return Features(short, _digest(extractor), network, device)
 
 
 class Classifier(nn.Module):
@@ -165,7 +173,7 @@ def trained_features(data: Store, index: ShardIndex, world: World, steps: int = 
             weights = _keep(data, name, save(_train_classifier(data, index, steps).state_dict()))
     network.load_state_dict(load(world.broadcast_object(weights)))
     network = network.to(world.device).eval().requires_grad_(False)
-    return Features(short_name(index), _digest(network), network)
+    return Features(short_name(index), _digest(network), network, world.device)
 
 
 def _train_classifier(data: Store, index: ShardIndex, steps: int) -> Classifier:
@@ -230,7 +238,7 @@ class Moments:
 
     def add(self, features: Tensor) -> None:
         """[n, D]"""
-        x = features.double()
+        x = features.to(self.total)
         self.count += len(x)
         self.total += x.sum(0)
         self.square.addmm_(x.T, x)
@@ -247,6 +255,19 @@ class Moments:
         mean = self.total / n
         covariance = (self.square - n * torch.outer(mean, mean)) / (n - 1)
         return mean.cpu().numpy(), covariance.cpu().numpy()
+
+
+def moments_of(batches: Batches, features: Features, world: World) -> Moments:
+    """Of the features of all ranks' images, on every rank."""
+    moments: Moments | None = None
+    for images in batches:
+        found = features.see(images)["features"]
+        moments = moments or Moments.zero(found.shape[1], features.device)
+        moments.add(found)
+    size = max(world.gather(len(moments.total) if moments else 0))
+    moments = moments or Moments.zero(size, features.device)  # a rank may have no image
+    moments.sum_ranks(world)
+    return moments
 
 
 def frechet_distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
@@ -267,9 +288,10 @@ def frechet_distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.n
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images, by their moments and a name for the passport."""
+    """Real images."""
 
     digest: str
+    """For the passport."""
     moments: tuple[np.ndarray, np.ndarray]
     images: Callable[[int], Batches] | None
     """The first so many; None where only moments are known."""
@@ -298,8 +320,7 @@ def dataset_reference(
     found = world.broadcast_object(found)
     if found is None:
         lo, hi = world.share(index.num_samples)
-        moments, _, _ = extract(images(np.arange(lo, hi)), features, world, keep=False)
-        found = moments.mean_covariance()
+        found = moments_of(images(np.arange(lo, hi)), features, world).mean_covariance()
         if world.rank == 0:
             _keep(data, name, moments_npz(*found))
 
@@ -316,29 +337,35 @@ def npz_reference(
 ) -> Reference:
     """A reference batch of the guided-diffusion evaluator: arr_0 (uint8 [N, H, W, C]), or mu and sigma, or both.
 
-    mu and sigma hold for Inception's features alone.
+    `url` is a path or URL. mu and sigma hold for Inception's features alone.
     """
-    folder, _, name = url.rpartition("/")
-    store = Store(folder or ("/" if url.startswith("/") else "."), storage)
-    if store.local is None:
-        raise ValueError(f"--reference {url}: expected a local file")
-    path = store.local / name
-    with np.load(path, allow_pickle=False) as npz:
-        names = set(npz.files)
-        if not names & {"arr_0", "mu"}:
-            raise ValueError(f"--reference {url}: holds {sorted(names)}, expected arr_0, or mu and sigma")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    store, name = locate(url, storage)
+    with store.open(name) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as npz:
+            names = set(npz.files)
+            if not names & {"arr_0", "mu"}:
+                raise ValueError(f"--reference {url}: holds {sorted(names)}, expected arr_0, or mu and sigma")
+            if "mu" in names and features.name == "inception":
+                moments = npz["mu"], npz["sigma"]
+            elif "arr_0" not in names:
+                raise ValueError(
+                    f"--reference {url}: its mu and sigma are of Inception's features, not of {features.name}'s"
+                )
+            else:
+                drawn = npz_images(file, batch_size, world.rank, world.size)
+                moments = moments_of(drawn, features, world).mean_covariance()
 
-    def images(n: int | None = None) -> Iterator[Tensor]:
-        return npz_images(path, batch_size, n)
+    def first(n: int) -> Iterator[Tensor]:
+        with store.open(name) as file:
+            for images in npz_images(file, batch_size):
+                yield images[:n]
+                n -= len(images)
+                if n <= 0:
+                    return
 
-    if "mu" in names and features.name == "inception":
-        moments = read_moments(path.read_bytes())
-    elif "arr_0" not in names:
-        raise ValueError(f"--reference {url}: its mu and sigma are of Inception's features, not of {features.name}'s")
-    else:
-        moments = extract(images(), features, World(device=world.device), keep=False)[0].mean_covariance()
-    return Reference(f"{name}-{digest}", moments, images if "arr_0" in names else None)
+    return Reference(f"{name}-{digest}", moments, first if "arr_0" in names else None)
 
 
 def moments_npz(mean: np.ndarray, covariance: np.ndarray) -> bytes:
@@ -353,82 +380,53 @@ def read_moments(data: bytes) -> tuple[np.ndarray, np.ndarray]:
         return npz["mu"], npz["sigma"]
 
 
-def npz_images(path: Path, batch_size: int, count: int | None = None) -> Iterator[Tensor]:
-    """uint8 [n, C, H, W] batches of arr_0 (uint8 [N, H, W, C]), which is never in memory as a whole."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        version = np.lib.format.read_magic(file)
+def npz_images(file: IO[bytes], batch_size: int, first: int = 0, every: int = 1) -> Iterator[Tensor]:
+    """Every so many batches, from the `first` on, of arr_0 (uint8 [N, H, W, C]) as uint8 [n, C, H, W].
+
+    The array is never in memory as a whole.
+    """
+    with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as array:
+        version = np.lib.format.read_magic(array)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+        shape, fortran, dtype = read(array)
         if fortran or dtype != np.uint8 or len(shape) != 4:
-            raise ValueError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 [N, H, W, C]")
+            raise ValueError(f"--reference: arr_0 is {dtype} {shape}, expected uint8 [N, H, W, C]")
         size = int(np.prod(shape[1:]))
-        left = shape[0] if count is None else min(count, shape[0])
-        while left:
-            n = min(batch_size, left)
-            pixels = np.frombuffer(file.read(n * size), np.uint8).reshape(n, *shape[1:])
-            yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
-            left -= n
+        for number, start in enumerate(range(0, shape[0], batch_size)):
+            n = min(batch_size, shape[0] - start)
+            pixels = np.frombuffer(array.read(n * size), np.uint8).reshape(n, *shape[1:])
+            if number % every == first:
+                yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
 # ----------------------------------------------------------------------------------------- measuring
 
 
-@torch.no_grad()
-def extract(
-    batches: Batches, features: Features, world: World, keep: bool
-) -> tuple[Moments, Tensor | None, Tensor | None]:
-    """All ranks' images as moments, on every rank, and on rank 0 with `keep` as features [N, D] and logits [N, K]."""
-    moments: Moments | None = None
-    rows: list[Tensor] = []
-    logits: list[Tensor] = []
-    for images in batches:
-        found, classes = features.network(images.to(world.device))
-        if moments is None:
-            moments = Moments.zero(found.shape[1], world.device)
-        moments.add(found)
-        if keep:
-            rows.append(found.float().cpu())
-            logits.append(classes.float().cpu())
-    size = max(world.gather(len(moments.total) if moments else 0))
-    moments = moments or Moments.zero(size, world.device)  # a rank may have no image
-    moments.sum_ranks(world)
-    if not keep:
-        return moments, None, None
-    shares = [share for share in world.gather((torch.cat(rows), torch.cat(logits)) if rows else None) if share]
-    if world.rank != 0:
-        return moments, None, None
-    return moments, torch.cat([share[0] for share in shares]), torch.cat([share[1] for share in shares])
-
-
 def image_metrics(
-    drawn: Batches, count: int, reference: Reference, features: Features, world: World, wanted: Iterable[str], k: int
+    drawn: Sequence[Block], reference: Reference, features: Features, wanted: Iterable[str], k: int
 ) -> dict[str, tuple[float, dict[str, Any]]]:
-    """Of `wanted` (of METRICS), the value and what else belongs into its passport; on rank 0, else nothing.
+    """Of `wanted` (of METRICS), the value and what else belongs into its passport, of images as `Features.see` them.
 
-    `drawn` is this rank's share of `count` images. k: neighbours, for precision and recall (Kynkäänniemi et al. 2019).
+    k: neighbours, for precision and recall (Kynkäänniemi et al. 2019).
     """
     wanted = set(wanted)
-    near = wanted & {"kid", "precision", "recall"}
-    moments, rows, logits = extract(drawn, features, world, keep=bool(near or "is" in wanted))
-    if world.rank != 0:
-        return {}
-    alone = World(device=world.device)
-    real = None
-    if near:
-        if reference.images is None:
-            raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only their moments")
-        real = extract(reference.images(count), features, alone, keep=True)[1]
+    rows, logits = (torch.cat([block[name] for block in drawn]) for name in ("features", "logits"))
     found: dict[str, tuple[float, dict[str, Any]]] = {}
     if "fid" in wanted:
-        if reference.moments[0].shape != tuple(moments.total.shape):
+        mean, _ = reference.moments
+        if mean.shape != rows.shape[1:]:
             raise ValueError(
-                f"the reference's moments have {len(reference.moments[0])} dimensions, {features.name} features have"
-                f" {len(moments.total)}"
+                f"the reference's moments have {len(mean)} dimensions, {features.name} features have {rows.shape[1]}"
             )
+        moments = Moments.zero(rows.shape[1], features.device)
+        for block in drawn:
+            moments.add(block["features"])
         found["fid"] = frechet_distance(moments.mean_covariance(), reference.moments), {}
-    if rows is not None and logits is not None:
-        found |= feature_metrics(rows, logits, real, wanted, k)
-    return found
+    real = None
+    if wanted & NEAR:
+        assert reference.images, "was asked for before anything was drawn"
+        real = torch.cat([features.see(images)["features"] for images in reference.images(len(rows))])
+    return found | feature_metrics(rows, logits, real, wanted, k)
 
 
 def feature_metrics(

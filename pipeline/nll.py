@@ -4,10 +4,7 @@ Images, timesteps and noise depend on the seed and the image alone. So every wor
 several models are measured on the same ones: the standard error of their difference is that of paired samples.
 """
 
-import hashlib
-import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from iddpm.config import DiffusionConfig
 from iddpm.diffusion import Diffusion
@@ -30,6 +26,7 @@ from iddpm.likelihood import (
 )
 from iddpm.noise import normal, stream_key, uniform
 from iddpm.schedule import respace
+from pipeline.blocks import Block, Blocks
 from pipeline.data import permutation
 from pipeline.sample import Trained, autocast
 from pipeline.storage import Store
@@ -39,7 +36,6 @@ PILOT_IMAGES = 16
 PILOT_TIMESTEPS = 80  # at most, as pilot_sizes takes them
 PATH_GRID = 256  # timesteps that the best path chooses from: the number of its steps' costs is the square
 LEAST_IMAGES = 64  # before --target-se may stop: a standard error from fewer is too often too small
-SAVE_S = 20.0  # seconds between writes of partial results
 
 Read = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 
@@ -142,76 +138,63 @@ def measure_nll(
     diffusions = {m.config.diffusion for m in models}
     if len({d.timesteps for d in diffusions}) > 1:
         raise ValueError("--against: the models differ in --diffusion.timesteps, so they share no timesteps to pair")
-    n = min(plan.images, num_samples)
+    n, size = min(plan.images, num_samples), plan.images_per_call
     ids = permutation(num_samples, "evaluation", plan.seed)[:n]
-    state = _Partial(store, (identity, plan.__dict__, num_samples))
-    content: dict[str, Any] | None = world.broadcast_object(state.load() if world.rank == 0 else None)
-    if content is None:
-        prepared = _prepare(models, plan, read, ids, world.device) if world.rank == 0 else None
-        content = {"frozen": world.broadcast_object(prepared), "totals": [[] for _ in models], "sums": None}
-    totals: list[list[float]] = content["totals"]
-    frozen: dict[str, Any] = content["frozen"]
-    sums = None if content["sums"] is None else torch.tensor(content["sums"], dtype=torch.float64)
+    blocks = Blocks(world, store, "nll", (identity, plan.__dict__, num_samples))
+    blocks.extend(1, lambda _: _prepare(models, plan, read, ids, world.device))  # by rank 0
+    frozen: Block = world.broadcast_object(blocks.found[0] if world.rank == 0 else None)
     measure = _Measure(models, plan, read, frozen, world.device)
-
-    bar = tqdm(total=n, initial=len(totals[0]), unit="image", desc=plan.name, disable=None if progress else True)
-    while len(totals[0]) < n and not _precise(totals, plan):
-        done = len(totals[0])
-        starts = range(done, n, plan.images_per_call)[: world.size]
-        blocks = [ids[start : min(start + plan.images_per_call, n)] for start in starts]
-        mine = measure(blocks[world.rank]) if world.rank < len(blocks) else None
-        # Every rank adds up all of them in their order, and so decides alike when to stop.
-        for result in world.gather(mine):
-            if result is None or _precise(totals, plan):
-                continue
-            for row, values in zip(totals, result[0].tolist(), strict=True):
-                row += values
-            sums = result[1] if sums is None else sums + result[1]
-        bar.update(len(totals[0]) - done)
-        if world.rank == 0:
-            state.save({"frozen": frozen, "totals": totals, "sums": sums}, final=False)
-    bar.close()
-    if world.rank == 0:
-        state.save({"frozen": frozen, "totals": totals, "sums": sums}, final=True)
-    assert sums is not None
-    count = len(totals[0])
-    terms = measure.terms
+    blocks.extend(
+        1 + math.ceil(n / size),
+        lambda i: measure(ids[(i - 1) * size : i * size]),
+        lambda found: _precise(found[1:], plan.target_se),
+        plan.name if progress else None,
+    )
+    total, sums = world.broadcast_object(
+        (_totals(blocks.found[1:]), sum(block["sums"] for block in blocks.found[1:])) if world.rank == 0 else None
+    )
+    count, terms = total.shape[1], measure.terms
     parts = (sums / count).view(len(models), -1)
     return Nll(
-        torch.tensor(totals, dtype=torch.float64),
+        total,
         parts[:, 0],
         parts[:, 1],
         parts[:, 2 : 2 + terms] if terms else None,
         parts[:, 2 + terms :] if terms else None,
         measure.timesteps,
-        count * (terms or plan.draws + 1) + frozen["evaluations"],
+        count * (terms or plan.draws + 1) + int(frozen["evaluations"]),
     )
 
 
-def _precise(totals: list[list[float]], plan: NllPlan) -> bool:
+def _totals(blocks: list[Block]) -> Tensor:
+    """[M, N]"""
+    return torch.cat([block["total"] for block in blocks], dim=1)
+
+
+def _precise(blocks: list[Block], target_se: float | None) -> bool:
     """Whether the standard error of each model's mean, and of a difference, is what was wanted."""
-    if plan.target_se is None or len(totals[0]) < LEAST_IMAGES:
+    if target_se is None or not blocks:
         return False
-    rows = torch.tensor(totals, dtype=torch.float64)
-    wanted = rows if len(rows) == 1 else rows[:1] - rows[1:]
-    return all(_standard_error(row) <= plan.target_se for row in wanted)
+    total = _totals(blocks)
+    wanted = total if len(total) == 1 else total[:1] - total[1:]
+    return total.shape[1] >= LEAST_IMAGES and all(_standard_error(row) <= target_se for row in wanted)
 
 
 class _Measure:
     """Measures one block of images by each model: their totals [M, n], and the sums over them of all parts."""
 
     def __init__(
-        self, models: Sequence[Trained], plan: NllPlan, read: Read, frozen: dict[str, Any], device: torch.device
+        self, models: Sequence[Trained], plan: NllPlan, read: Read, frozen: Block, device: torch.device
     ) -> None:
         self.models, self.plan, self.read, self.device = models, plan, read, device
-        self.timesteps: list[int] = frozen["timesteps"]
+        self.timesteps: list[int] = frozen["timesteps"].tolist()
         keep = self.timesteps if plan.chain else None
         self.diffusions = [Diffusion(m.config.diffusion, keep, device) for m in models]
         self.exact = plan.exact or plan.chain is not None or len(self.timesteps) < 2
         self.terms = len(self.timesteps) if self.exact else 0
-        self.probabilities = torch.tensor(frozen["probabilities"], dtype=torch.float64)
+        self.probabilities = frozen["probabilities"]
 
-    def __call__(self, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+    def __call__(self, ids: np.ndarray) -> Block:
         images, labels = self.read(ids)
         index = torch.from_numpy(ids)
         found = []
@@ -229,7 +212,7 @@ class _Measure:
                     columns = [sampled.prior[:, None], sampled.decoder[:, None]]
                     total = sampled.total
             found.append((total.cpu(), torch.cat(columns, dim=1).double().sum(0).cpu()))
-        return torch.stack([total for total, _ in found]), torch.cat([parts for _, parts in found])
+        return {"total": torch.stack([total for total, _ in found]), "sums": torch.cat([parts for _, parts in found])}
 
 
 def _inputs(
@@ -254,9 +237,7 @@ def _inputs(
     return x, y, noise
 
 
-def _prepare(
-    models: Sequence[Trained], plan: NllPlan, read: Read, ids: np.ndarray, device: torch.device
-) -> dict[str, Any]:
+def _prepare(models: Sequence[Trained], plan: NllPlan, read: Read, ids: np.ndarray, device: torch.device) -> Block:
     """What is fixed before the measurement: the chain, and the distribution of sampled timesteps.
 
     From a few of the images with noise of their own: whatever the distribution, the estimate is unbiased.
@@ -268,8 +249,9 @@ def _prepare(
     def inputs(model: Trained, diffusion: Diffusion) -> Any:
         return _inputs(model, diffusion, images, labels, torch.from_numpy(ids), plan.seed, "pilot", device)
 
+    timesteps, evaluations = list(range(config.timesteps)), 0
+    probabilities = torch.zeros(0, dtype=torch.float64)
     if plan.chain:
-        timesteps, evaluations = list(range(config.timesteps)), 0
         count = int(plan.chain.removeprefix("best"))
         if count > config.timesteps:
             raise ValueError(f"--chain: got {plan.chain}, but the run has {config.timesteps} timesteps")
@@ -278,19 +260,17 @@ def _prepare(
             evaluations = min(PATH_GRID, config.timesteps) * len(ids)
         else:
             timesteps = respace(config.timesteps, plan.chain)
-        return {"timesteps": timesteps, "probabilities": [], "evaluations": evaluations}
-    timesteps = list(range(config.timesteps))
-    if plan.exact or config.timesteps < 2:
-        return {"timesteps": timesteps, "probabilities": [], "evaluations": 0}
-    squares = []
-    for model in models:
-        diffusion = Diffusion(model.config.diffusion, device=device)
-        x, y, noise = inputs(model, diffusion)
-        with autocast(device, model.config.precision):
-            squares.append(pilot_sizes(diffusion, model.model, x, partial(noise, None), y).square())
-    probabilities = pilot_distribution(torch.stack(squares).mean(0).sqrt())
-    evaluations = min(PILOT_TIMESTEPS, config.timesteps - 1) * len(ids)
-    return {"timesteps": timesteps, "probabilities": probabilities.tolist(), "evaluations": evaluations}
+    elif not plan.exact and config.timesteps > 1:
+        squares = []
+        for model in models:
+            diffusion = Diffusion(model.config.diffusion, device=device)
+            x, y, noise = inputs(model, diffusion)
+            with autocast(device, model.config.precision):
+                squares.append(pilot_sizes(diffusion, model.model, x, partial(noise, None), y).square())
+        probabilities = pilot_distribution(torch.stack(squares).mean(0).sqrt())
+        evaluations = min(PILOT_TIMESTEPS, config.timesteps - 1) * len(ids)
+    numbers = {"timesteps": torch.tensor(timesteps), "evaluations": torch.tensor(evaluations)}
+    return {**numbers, "probabilities": probabilities}
 
 
 def _best_timesteps(
@@ -302,26 +282,3 @@ def _best_timesteps(
     with autocast(device, model.config.precision):
         costs = jump_costs(diffusion, model.model, x, partial(noise, None), y)
     return [grid[i] for i in best_path(costs, count)]
-
-
-class _Partial:
-    """What has been measured so far, in a file of the store."""
-
-    def __init__(self, store: Store | None, identity: object) -> None:
-        self.store = store
-        text = json.dumps(identity, sort_keys=True, default=str)
-        self.name = f"evaluation/nll-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-        self.saved = time.monotonic()
-
-    def load(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self.store.read(self.name)) if self.store else None
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def save(self, content: dict[str, Any], final: bool) -> None:
-        if self.store and (final or time.monotonic() - self.saved > SAVE_S):
-            sums = content["sums"]
-            text = json.dumps(content | {"sums": None if sums is None else sums.tolist()})
-            self.store.write(self.name, text.encode())
-            self.saved = time.monotonic()

@@ -24,7 +24,7 @@ from iddpm.schedule import respace
 from iddpm.unet import UNet
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import LaunchConfig, TrainConfig, from_record, parse_flags
-from pipeline.storage import StorageConfig, Store
+from pipeline.storage import StorageConfig, Store, locate
 from pipeline.world import World
 
 
@@ -309,8 +309,8 @@ def batch_npz(images: Tensor, labels: Tensor | None = None) -> bytes:
 
 def write_out(out: str, data: bytes, storage: StorageConfig) -> None:
     """To a path or URL."""
-    folder, _, name = out.rpartition("/")
-    Store(folder or ("/" if out.startswith("/") else "."), storage).write(name, data)
+    store, name = locate(out, storage)
+    store.write(name, data)
 
 
 @dataclass(frozen=True)

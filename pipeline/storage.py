@@ -10,17 +10,19 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import logging
 import os
 import random
 import re
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -106,12 +108,21 @@ class Store:
     def download(self, name: str, local_path: str | os.PathLike[str], sha256: str | None = None) -> None:
         """Copy an object to a local file, a few MB in memory at a time; `sha256` as in `read`. Not atomic."""
         with Path(local_path).open("wb") as file:
+            self._copy(name, file, sha256)
 
-            def rewind() -> None:
-                file.seek(0)
-                file.truncate()
-
-            self._fetch(name, rewind, file.write, sha256)
+    def open(self, name: str) -> io.BufferedReader | io.BufferedRandom:
+        """The object as a file to seek in; of a remote one a copy on this machine's disk, which closing removes."""
+        if self.local:
+            path = self.local / _checked(name)
+            return self._retry("open", name, lambda: path.open("rb"))
+        file = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            self._copy(name, file, None)
+        except BaseException:
+            file.close()
+            raise
+        file.seek(0)
+        return file
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Put an object; readers see the old or the new one, never half."""
@@ -172,6 +183,13 @@ class Store:
 
     def _where(self, name: str) -> str:
         return f"{self}/{name}"
+
+    def _copy(self, name: str, file: IO[bytes], sha256: str | None) -> None:
+        def rewind() -> None:
+            file.seek(0)
+            file.truncate()
+
+        self._fetch(name, rewind, file.write, sha256)
 
     def _fetch(
         self, name: str, rewind: Callable[[], None], write: Callable[[bytes], object], sha256: str | None
@@ -237,6 +255,12 @@ class Store:
         failure = StorageError(f"cannot {verb} {self._where(name)}: {_describe(error)}; {advice}")
         failure.errno = getattr(error, "errno", None)
         return failure
+
+
+def locate(url: str, config: StorageConfig) -> tuple[Store, str]:
+    """Where a file is, by its path or URL: the store, and its name there."""
+    folder, _, name = url.rpartition("/")
+    return Store(folder or ("/" if url.startswith("/") else "."), config), name
 
 
 def _pieces(file: Any) -> Iterator[bytes]:

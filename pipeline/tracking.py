@@ -3,7 +3,8 @@
 `Tracker.log` appends a line to `journal.jsonl` and returns. A thread ships the journal's lines to MLflow and
 remembers how far it came, so that a tracking server that is slow, dead or restarted neither holds training up nor
 leaves a gap. A resumed run repeats steps that the journal already has: those are not written a second time.
-`python -m pipeline.tracking RUN_DIR` ships what is left. A remote run's URL gets a copy with each checkpoint.
+`python -m pipeline.tracking RUN_DIR` ships what is left. A remote run's URL gets a copy with each checkpoint, from
+training alone: an evaluation elsewhere puts its line into a file of its own beside it, which every reader adds.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from pipeline.config import TrackingConfig, flatten, parse_flags
 from pipeline.storage import Store, mask
 
 JOURNAL = "journal.jsonl"
+EVALUATIONS = "evaluations/"  # folder beside the copy under a remote run's URL
 BATCH = 200  # journal lines shipped at once
 
 
@@ -44,18 +46,21 @@ def run_name(out: str) -> str:
 
 
 def read_journal(run: Path | Store) -> list[dict[str, Any]]:
-    """The journal's records, from its folder or from the copy under a remote run's URL; none where there is none.
+    """The journal's records, from its folder or from a remote run's URL; none where there is none.
 
     A last line that a crash cut off is not one.
     """
     try:
-        return _parse((run / JOURNAL).read_bytes() if isinstance(run, Path) else run.read(JOURNAL))
+        if isinstance(run, Path):
+            return _parse((run / JOURNAL).read_bytes())
+        journal = run.read(JOURNAL)
     except FileNotFoundError:
         return []
+    return _parse(journal + _evaluations(run, journal))
 
 
 def fetch_journal(run: Store, folder: Path) -> None:
-    """Take over the copy under a remote run's URL where the journal here is behind it: another machine went on."""
+    """Take over from a remote run's URL what the journal here lacks, where another machine went on or evaluated."""
     try:
         copy = run.read(JOURNAL)
     except FileNotFoundError:
@@ -66,6 +71,26 @@ def fetch_journal(run: Store, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / Shipper.STATE).unlink(missing_ok=True)  # it counts the bytes of the other
         path.write_bytes(copy)
+        here = copy
+    with path.open("ab") as file:
+        file.write(_evaluations(run, here))
+
+
+def put_evaluation(run: Store, line: bytes) -> None:
+    """Beside the copy of the journal, which is training's alone: it may be writing its next one just now."""
+    record = json.loads(line)
+    del record["time"]  # the same numbers measured again are the same evaluation
+    digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
+    run.create(f"{EVALUATIONS}{record['step']:08d}-{digest}.jsonl", line)
+
+
+def _evaluations(run: Store, journal: bytes) -> bytes:
+    """The lines that other machines have put beside the copy and that the journal lacks."""
+    return b"".join(line for name in run.list(EVALUATIONS) if (line := run.read(name)) not in journal)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
 def _parse(journal: bytes) -> list[dict[str, Any]]:
@@ -132,11 +157,11 @@ class Tracker:
             self._append({"kind": "metrics", "step": step, "metrics": metrics})
             self.last["metrics"] = step
 
-    def evaluation(self, step: int, metrics: dict[str, float], passports: dict[str, dict[str, Any]]) -> None:
-        """Append what was measured of a checkpoint, unless just that is there already."""
+    def evaluation(self, step: int, metrics: dict[str, float], passports: dict[str, dict[str, Any]]) -> bytes:
+        """Append what was measured of a checkpoint, unless just that is there already; its line."""
         record = {"kind": "evaluation", "step": step, "metrics": metrics, "passports": passports}
-        if not any(record.items() <= there.items() for there in read_journal(self.folder)):
-            self._append(record)
+        there = (r for r in read_journal(self.folder) if record.items() <= r.items())
+        return _line(known) if (known := next(there, None)) else self._append(record)
 
     def epoch(self, epoch: int, digest: int) -> None:
         """Record that an epoch is complete and had each sample once, with the digest that shows it."""
@@ -162,10 +187,11 @@ class Tracker:
         if self.shipper:
             self.shipper.close()
 
-    def _append(self, record: dict[str, Any]) -> None:
-        line = json.dumps({"time": time.time(), **record}) + "\n"
-        self._file.write(line.encode())
+    def _append(self, record: dict[str, Any]) -> bytes:
+        line = _line({"time": time.time(), **record})
+        self._file.write(line)
         self._file.flush()
+        return line
 
 
 class Shipper:
@@ -356,10 +382,11 @@ def _log_image(client: Any, run_id: str, path: Path, key: str, step: int) -> Non
 
 
 def _cut_torn_line(file: Any) -> None:
-    """Remove the piece of a line that a crash left at the end."""
+    """Remove the piece of a line that a crash left at the end; never a line that another process adds meanwhile."""
     file.seek(0)
     content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
+    if (whole := content.rfind(b"\n") + 1) < len(content):
+        file.truncate(whole)
     file.seek(0, os.SEEK_END)
 
 

@@ -2,23 +2,38 @@
 
 import json
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny
+from ranks import Ranks, in_world
 
-from pipeline.evaluate import EvaluateConfig, main
+from pipeline import blocks, evaluate
+from pipeline.evaluate import EvaluateConfig, main, measure
 from pipeline.loop import train
-from pipeline.tracking import read_journal
+from pipeline.metrics import Features, moments_npz
+from pipeline.passport import Measured
+from pipeline.sample import draw_batches, load_trained
+from pipeline.storage import Store
+from pipeline.tracking import fetch_journal, read_journal
 from pipeline.world import World
 
+CPU = torch.device("cpu")
 NO_TRACKING = {"tracking": tiny("", "x").tracking}
 
 
 def evaluations(run: str | Path) -> list[dict[str, Any]]:
     return [r for r in read_journal(Path(run)) if r["kind"] == "evaluation"]
+
+
+def measured(world: World, config: EvaluateConfig) -> list[Measured]:
+    trained = load_trained(config.run, config.storage, world.device, config.ema_rate, config.step)
+    return measure([trained], config, world, keep=True)
 
 
 def test_values_go_to_the_terminal_and_the_journal(small_run: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +103,16 @@ def test_mistakes_are_one_line(small_run: str, options: dict[str, Any], says: st
         main(EvaluateConfig(small_run, **options, **NO_TRACKING), World())
 
 
+def test_moments_alone_are_no_reference_for_all(
+    small_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "trained_features", lambda *_: Features("inception", "x", lambda _: _, CPU))
+    (tmp_path / "moments.npz").write_bytes(moments_npz(np.ones(64), np.eye(64)))
+    config = images_config(small_run, reference=str(tmp_path / "moments.npz"))
+    with pytest.raises(ValueError, match="kid, recall: need real images"):
+        main(config, World())
+
+
 def test_training_evaluates_and_is_not_changed_by_it(digits: str, tmp_path: Path) -> None:
     flags = ("--eval-every", "8", "--eval-metrics", "nll,fid", "--eval-images", "8", "--sample-every", "0")
     for name, more in (("plain", ()), ("evaluated", flags)):
@@ -103,6 +128,81 @@ def test_training_evaluates_and_is_not_changed_by_it(digits: str, tmp_path: Path
     assert plain == evaluated
     with pytest.raises(ValueError, match="--eval-metrics: got 'fidd'"):
         train(tiny(digits, tmp_path / "b", "--eval-metrics", "fidd"), World())
+
+
+def images_config(run: str, **options: Any) -> EvaluateConfig:
+    fixed = {"samples": 36, "batch_size": 8, "steps": 3, "features": "trained", **options}
+    return EvaluateConfig(run, "fid,kid,recall", **fixed, **NO_TRACKING)
+
+
+def killed_evaluation(run: str, after: int) -> None:
+    """Left behind by an evaluation that is killed while it draws its next block, with each block kept at once."""
+    drawn = []
+
+    def dying(*arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
+        drawn.append(arguments)
+        if len(drawn) > after:
+            raise KeyboardInterrupt
+        return draw_batches(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "SAVE_S", -1.0)
+        patch.setattr(evaluate, "draw_batches", dying)
+        with pytest.raises(KeyboardInterrupt):
+            main(images_config(run), World())
+
+
+def test_a_killed_evaluation_of_images_goes_on_where_it_was(
+    small_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("whole", "killed"):
+        shutil.copytree(small_run, tmp_path / name)
+    main(images_config(str(tmp_path / "whole")), World())
+    whole = capsys.readouterr().out
+    killed_evaluation(str(tmp_path / "killed"), after=2)
+    killed_evaluation(str(tmp_path / "killed"), after=1)
+    assert evaluations(tmp_path / "killed") == evaluations(small_run)
+    drawn = []
+
+    def counting(*arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
+        drawn.append(range(*arguments[3:5]))
+        return draw_batches(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "draw_batches", counting)
+    main(images_config(str(tmp_path / "killed")), World())
+    assert drawn == [range(24, 32), range(32, 36)]
+    assert capsys.readouterr().out == whole
+    assert evaluations(tmp_path / "killed")[-1]["metrics"] == evaluations(tmp_path / "whole")[-1]["metrics"]
+    assert not list((tmp_path / "killed" / "evaluation").glob("images-*"))  # nothing large is left
+
+
+def test_images_of_another_measurement_are_not_mixed_in(small_run: str, tmp_path: Path) -> None:
+    shutil.copytree(small_run, tmp_path / "run")
+    killed_evaluation(str(tmp_path / "run"), after=2)
+    (kept,) = {path.name[:-14] for path in (tmp_path / "run" / "evaluation").glob("images-*")}
+    assert len(list((tmp_path / "run" / "evaluation").glob(f"{kept}*"))) == 2
+    for options in ({"seed": 1}, {"step": 20}, {"ema_rate": 0.5}, {"sampler": "ddim"}, {"steps": 4}, {"samples": 35}):
+        found = measured(World(), images_config(str(tmp_path / "run"), **options))
+        assert found == measured(World(), images_config(small_run, **options))
+    assert len(list((tmp_path / "run" / "evaluation").glob(f"{kept}*"))) == 2
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_finds_the_same_images(small_run: str, tmp_path: Path) -> None:
+    for size in (1, 3):
+        shutil.copytree(small_run, tmp_path / str(size))
+        if size == 3:
+            killed_evaluation(str(tmp_path / "3"), after=2)  # alone
+        config = images_config(str(tmp_path / str(size)))
+        with Ranks(size, tmp_path / f"ranks-{size}", in_world, main_in_world, config) as ranks:
+            assert ranks.join() == [0] * size, ranks.said(0)
+    one, three = (evaluations(tmp_path / name)[-1] for name in ("1", "3"))
+    assert one["metrics"] == three["metrics"]
+    assert one["passports"] == three["passports"]
+
+
+def main_in_world(world: World, config: EvaluateConfig) -> None:
+    main(config, world)
 
 
 @pytest.mark.slow
@@ -130,3 +230,27 @@ def test_a_run_that_is_still_training_keeps_its_status(digits: str, tmp_path: Pa
     journal.write_text("".join(line for line in lines if '"status"' not in line))  # as another process leaves it
     main(EvaluateConfig(str(tmp_path), images=4, draws=2, **NO_TRACKING), World())
     assert [r["kind"] for r in read_journal(tmp_path)][-1] == "evaluation"
+
+
+def test_evaluating_a_remote_run_while_it_trains_loses_nothing(
+    digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training copies its journal over the one at the run's URL: the line of an evaluation elsewhere is kept apart."""
+    monkeypatch.chdir(tmp_path)  # where training has its journal
+    monkeypatch.setattr(evaluate, "journal_dir", lambda _: tmp_path / "elsewhere")
+    run = "memory://evaluated/run"
+
+    def evaluate_now(step: int, _: dict[str, float]) -> None:
+        if step == 12:  # when the checkpoint of step 4 is committed for certain, and before the last copy
+            for _ in range(2):
+                main(EvaluateConfig(run, step=4, images=4, draws=2, **NO_TRACKING), World())
+
+    flags = ("--checkpoint-every", "4", "--log-every", "2", "--sample-every", "0")
+    train(tiny(digits, run, *flags), World(), evaluate_now)
+    train(tiny(digits, run, *flags, "--horizon", "16steps"), World())
+    there = read_journal(Store(run))
+    assert [r["step"] for r in there if r["kind"] == "metrics"] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert [r["step"] for r in there if r["kind"] == "evaluation"] == [4]
+    assert [r["status"] for r in there if r["kind"] == "status"] == ["FINISHED", "FINISHED"]
+    fetch_journal(Store(run), tmp_path / "third")
+    assert [r["step"] for r in evaluations(tmp_path / "third")] == [4]

@@ -4,12 +4,13 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny
 from PIL import Image
 
 from iddpm.config import DiffusionConfig
 from iddpm.diffusion import Diffusion
-from jobs.figures import FiguresConfig, alphas, main, variances
+from jobs.figures import FiguresConfig, _noise_scale, alphas, main, variances
 from pipeline.loop import train
 from pipeline.world import World
 
@@ -27,20 +28,43 @@ def test_the_tables_are_what_is_drawn() -> None:
     assert half["cosine"] == pytest.approx(0.49, abs=0.02)
 
 
+def test_the_gradient_noise_scale_is_found_with_its_error() -> None:
+    """tr(covariance) / |mean|^2 of vectors whose mean and covariance are known, from few of them."""
+    generator, true, inside = torch.Generator().manual_seed(0), 200 * 4.0 / 9.0, []
+    mean = torch.zeros(200, dtype=torch.float64)
+    mean[0] = 3.0
+    for _ in range(40):
+        x = mean + 2.0 * torch.randn(32, 16, 200, generator=generator, dtype=torch.float64)
+        sums = x.mean(1)
+        value, se = _noise_scale(sums @ sums.T, x.square().sum(2).mean(1))
+        assert value == pytest.approx(true, rel=0.5)
+        inside.append(abs(value - true) < 1.96 * se)
+    assert 30 <= sum(inside) <= 40
+
+
 @pytest.mark.slow
 def test_every_figure_has_a_picture_and_its_data(digits: str, tmp_path: Path) -> None:
     for name in ("cosine", "linear"):
         flags = ("--horizon", "2steps", "--checkpoint-every", "2", "--diffusion.schedule", name)
         flags += ("--diffusion.timesteps", "21", "--sample-every", "0")
         train(tiny(digits, tmp_path / name, *flags), World())
-    runs = {"hybrid": str(tmp_path / "cosine"), "linear": str(tmp_path / "linear")}
-    main(FiguresConfig(str(tmp_path / "out"), digits, **runs, images=2, samples=8, steps=(2, 4)))
+    flags = ("--horizon", "2steps", "--diffusion.timesteps", "21", "--diffusion.loss", "rescaled_kl")
+    train(tiny(digits, tmp_path / "vlb", *flags, "--sample-every", "0"), World())
+    runs = {"hybrid": str(tmp_path / "cosine"), "linear": str(tmp_path / "linear"), "vlb": str(tmp_path / "vlb")}
+    main(FiguresConfig(str(tmp_path / "out"), digits, **runs, images=2, samples=8, gradients=64, steps=(2, 4)))
     expected = {"alphas", "curves", "ddim-consistency", "ddim-interpolation", "gradient-noise", "nll-over-steps"}
     expected |= {"noised", "quality-over-steps", "skipped-prefix", "terms", "variances"}
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == expected
     for name in expected:
         with (tmp_path / "out" / f"{name}.csv").open() as file:
-            assert len(list(csv.DictReader(file))) > 1, name
+            rows = list(csv.DictReader(file))
+        assert len(rows) > 1, name
+        if name == "gradient-noise":
+            assert {(row["objective"], row["weights"]) for row in rows} == {
+                ("L_hybrid, cosine", "L_hybrid, cosine"),
+                ("L_vlb", "L_vlb"),
+                ("L_vlb, importance sampled", "L_vlb"),
+            }
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert picture.convert("L").getextrema()[0] < 128, name
 

@@ -2,7 +2,12 @@
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -23,7 +28,6 @@ from pipeline.metrics import (
     Features,
     Moments,
     dataset_reference,
-    extract,
     feature_metrics,
     frechet_distance,
     image_metrics,
@@ -49,7 +53,7 @@ def features(n: int, seed: int, size: int = 48) -> torch.Tensor:
     return torch.randn(n, size, generator=generator) @ mix + 0.1 * torch.randn(size, generator=generator)
 
 
-def moments_of(x: torch.Tensor, batch: int = 37) -> Moments:
+def streamed(x: torch.Tensor, batch: int = 37) -> Moments:
     moments = Moments.zero(x.shape[1], CPU)
     for part in x.split(batch):
         moments.add(part)
@@ -60,9 +64,9 @@ def moments_of(x: torch.Tensor, batch: int = 37) -> Moments:
 def test_fid_equals_torch_fidelitys_on_given_features(n: int, size: int) -> None:
     a, b = features(n, 0, size), features(n + 11, 1, size)
     theirs = fid_statistics_to_metric(*map(_statistics, (a, b)), verbose=False)["frechet_inception_distance"]
-    ours = frechet_distance(moments_of(a).mean_covariance(), moments_of(b).mean_covariance())
+    ours = frechet_distance(streamed(a).mean_covariance(), streamed(b).mean_covariance())
     assert ours == pytest.approx(theirs, abs=1e-4)
-    assert abs(frechet_distance(moments_of(a).mean_covariance(), moments_of(a).mean_covariance())) < 1e-4
+    assert abs(frechet_distance(streamed(a).mean_covariance(), streamed(a).mean_covariance())) < 1e-4
 
 
 def _statistics(x: torch.Tensor) -> dict[str, np.ndarray]:
@@ -73,11 +77,11 @@ def _statistics(x: torch.Tensor) -> dict[str, np.ndarray]:
 def test_streaming_moments_are_numpys_for_any_batches() -> None:
     x = features(101, 2) + 40  # a mean far from 0
     for batch in (1, 10, 101):
-        mean, covariance = moments_of(x, batch).mean_covariance()
+        mean, covariance = streamed(x, batch).mean_covariance()
         np.testing.assert_allclose(mean, x.double().mean(0).numpy(), rtol=1e-12)
         np.testing.assert_allclose(covariance, np.cov(x.double().numpy(), rowvar=False), atol=1e-9)
     with pytest.raises(ValueError, match="expected 2 or more"):
-        moments_of(x[:1]).mean_covariance()
+        streamed(x[:1]).mean_covariance()
 
 
 def test_the_others_equal_torch_fidelitys_on_given_features(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +133,7 @@ def test_the_whole_way_through_inception_is_torch_fidelitys(
     (tmp_path / "real.npz").write_bytes(batch_npz(real))
     reference = npz_reference(str(tmp_path / "real.npz"), StorageConfig(), network, World())
     wanted = ["fid", "is", "kid", "precision", "recall"]
-    got = image_metrics(drawn.split(4), 10, reference, network, World(), wanted, 3)
+    got = image_metrics([network.see(images) for images in drawn.split(4)], reference, network, wanted, 3)
     theirs = _theirs(drawn, real, weights)
     for name, value in theirs.items():
         assert got[name][0] == pytest.approx(value, abs=1e-4, rel=1e-4), name
@@ -236,7 +240,7 @@ def test_distances_tell_real_images_from_noise(own: tuple[Store, Features], tmp_
     real, _ = digits_of(store, "val", 200)
     noise = torch.randint(0, 256, real.shape).to(torch.uint8)
     wanted = ["fid", "kid", "precision", "recall"]
-    near, far = (image_metrics([x], 200, reference, network, World(), wanted, 3) for x in (real, noise))
+    near, far = (image_metrics([network.see(x)], reference, network, wanted, 3) for x in (real, noise))
     for name in ("fid", "kid"):
         assert near[name][0] < 0.1 * far[name][0], name
     for name in ("precision", "recall"):
@@ -254,9 +258,9 @@ def test_reference_moments_are_kept_beside_the_shards(
     for there, here in zip(read_moments(store.read(name)), first.moments, strict=True):
         np.testing.assert_array_equal(there, here)
     images, _ = digits_of(store, "val", index.num_samples)
-    expected = moments_of(network.network(images)[0]).mean_covariance()
+    expected = streamed(network.network(images)[0]).mean_covariance()
     np.testing.assert_allclose(first.moments[1], expected[1], atol=1e-6)
-    monkeypatch.setattr(metrics, "extract", None)  # not needed again
+    monkeypatch.setattr(metrics, "moments_of", None)  # not needed again
     again = dataset_reference(store, index, network, World(), Cache(tmp_path, 10**9))
     np.testing.assert_array_equal(again.moments[0], first.moments[0])
 
@@ -266,35 +270,66 @@ def test_reference_batches_of_the_guided_diffusion_evaluator(own: tuple[Store, F
     images, _ = digits_of(store, "val", 50)
     path = tmp_path / "reference.npz"
     path.write_bytes(batch_npz(images))
-    streamed = list(npz_images(path, 16))
-    assert [len(batch) for batch in streamed] == [16, 16, 16, 2]
-    assert torch.equal(torch.cat(streamed), images)
-    assert torch.equal(torch.cat(list(npz_images(path, 16, 20))), images[:20])
+    with path.open("rb") as file:
+        batches = list(npz_images(file, 16))
+        assert [len(batch) for batch in batches] == [16, 16, 16, 2]
+        assert torch.equal(torch.cat(batches), images)
+        every_third = list(npz_images(file, 16, 1, 3))  # what rank 1 of 3 takes
+        assert len(every_third) == 1
+        assert torch.equal(every_third[0], images[16:32])
     reference = npz_reference(str(path), StorageConfig(), network, World())
-    expected = extract([images], network, World(), keep=False)[0].mean_covariance()
+    expected = streamed(network.see(images)["features"]).mean_covariance()
     np.testing.assert_allclose(reference.moments[1], expected[1], atol=1e-9)
+    assert reference.images
+    assert torch.equal(torch.cat(list(reference.images(20))), images[:20])
 
     both = tmp_path / "both.npz"
     np.savez(both, arr_0=images.permute(0, 2, 3, 1).numpy(), mu=np.ones(64), sigma=np.eye(64), mu_s=0, sigma_s=0)
-    inception = Features("inception", "x", network.network)
+    inception = Features("inception", "x", network.network, CPU)
     np.testing.assert_array_equal(npz_reference(str(both), StorageConfig(), inception, World()).moments[0], np.ones(64))
     moments = tmp_path / "moments.npz"
     moments.write_bytes(moments_npz(np.ones(64), np.eye(64)))
-    alone = npz_reference(str(moments), StorageConfig(), inception, World())
-    with pytest.raises(ValueError, match="precision: need real images"):
-        image_metrics([images], 50, alone, inception, World(), ["precision"], 3)
+    assert npz_reference(str(moments), StorageConfig(), inception, World()).images is None
     with pytest.raises(ValueError, match="are of Inception's features, not of digits's"):
         npz_reference(str(moments), StorageConfig(), network, World())
+
+
+@pytest.mark.parametrize("kind", ["memory", "http"])
+def test_a_reference_batch_may_be_anywhere(own: tuple[Store, Features], tmp_path: Path, kind: str) -> None:
+    store, network = own
+    images, _ = digits_of(store, "val", 30)
+    (tmp_path / "reference.npz").write_bytes(batch_npz(images))
+    here = npz_reference(str(tmp_path / "reference.npz"), StorageConfig(), network, World())
+    with _served(tmp_path) if kind == "http" else nullcontext("memory://references") as url:
+        if kind == "memory":
+            Store(url).write("reference.npz", batch_npz(images))
+        there = npz_reference(f"{url}/reference.npz", StorageConfig(), network, World())
+        assert there.images
+        assert torch.equal(torch.cat(list(there.images(25))), images[:25])
+        with pytest.raises(FileNotFoundError, match=r"none\.npz does not exist"):
+            npz_reference(f"{url}/none.npz", StorageConfig(), network, World())
+    assert there.digest == here.digest
+    np.testing.assert_array_equal(there.moments[1], here.moments[1])
+
+
+@contextmanager
+def _served(folder: Path) -> Iterator[str]:
+    """The URL of a web server of the folder."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 def test_nothing_in_a_reference_batch_is_unpickled(own: tuple[Store, Features], tmp_path: Path) -> None:
     path = tmp_path / "bad.npz"
     np.savez(path, mu=np.array([{"x": 1}], dtype=object), sigma=np.eye(1))
     with pytest.raises(ValueError, match="allow_pickle"):
-        npz_reference(str(path), StorageConfig(), Features("inception", "x", own[1].network), World())
+        npz_reference(str(path), StorageConfig(), Features("inception", "x", own[1].network, CPU), World())
     np.savez(path, arr_0=np.zeros((4, 8, 8, 1), np.float32))
     with pytest.raises(ValueError, match=re.escape("arr_0 is float32 (4, 8, 8, 1), expected uint8")):
-        list(npz_images(path, 4))
+        npz_reference(str(path), StorageConfig(), own[1], World())
 
 
 def test_a_store_that_is_read_only_only_costs_time(

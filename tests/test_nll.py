@@ -9,6 +9,7 @@ import torch
 from conftest import tiny
 from ranks import Ranks, in_world
 
+from pipeline import blocks
 from pipeline import nll as module
 from pipeline.data import Reader, load_index
 from pipeline.nll import Nll, NllPlan, measure_nll
@@ -93,7 +94,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
 ) -> None:
     plan = {"images": 50, "images_per_call": 8, "exact": exact, "draws": 2}
     whole = measured(val, trained, **plan)
-    monkeypatch.setattr(module, "SAVE_S", -1.0)  # after every block
+    monkeypatch.setattr(blocks, "SAVE_S", -1.0)  # after every block
     measure, calls = module._Measure.__call__, []
 
     def dying(self: Any, ids: Any) -> Any:

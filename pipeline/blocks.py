@@ -1,0 +1,97 @@
+"""Measurements made of blocks: the same on any number of ranks, and going on where they were killed."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.storage import Store
+from pipeline.world import World
+
+SAVE_S = 20.0  # seconds between writes of what has been found
+
+Block = dict[str, Tensor]  # on the CPU
+
+
+class Blocks:
+    """What has been found so far, block by block in their order: on rank 0, and in files of the run's store.
+
+    A block is a function of its number, so every world finds the same ones. `identity` is all that they depend on: it
+    names the files, and who comes again with the same one goes on behind the blocks that are there.
+    """
+
+    def __init__(self, world: World, store: Store | None, kind: str, identity: object) -> None:
+        self.world, self.store = world, store
+        text = json.dumps(identity, sort_keys=True, default=str)
+        self.prefix = f"evaluation/{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}-"
+        self.found: list[Block] = self._load() if world.rank == 0 else []
+        """On rank 0; the others have none."""
+        self.kept = len(self.found)
+
+    def extend(
+        self,
+        count: int,
+        measure: Callable[[int], Block],
+        enough: Callable[[list[Block]], bool] = lambda _: False,
+        progress: str | None = None,
+    ) -> None:
+        """Find blocks, one a rank at a time, until there are `count` or rank 0 says that it has `enough`.
+
+        `measure(i)` finds block i. `progress`: what to call it before a bar.
+        """
+        world, saved = self.world, time.monotonic()
+        with tqdm(
+            total=count, unit="block", desc=progress, disable=None if progress and not world.rank else True
+        ) as bar:
+            while True:
+                done = world.rank == 0 and enough(self.found)
+                first = world.broadcast_object(count if done else len(self.found))
+                bar.update(first - bar.n)
+                if first >= count:
+                    break
+                number = first + world.rank
+                for block in world.gather(measure(number) if number < count else None):
+                    # In a larger world, too, what comes after the last one needed is dropped.
+                    if world.rank == 0 and block and not enough(self.found):
+                        self.found.append(block)
+                if time.monotonic() - saved > SAVE_S:
+                    self._save()
+                    saved = time.monotonic()
+        self._save()
+
+    def delete(self) -> None:
+        """From the store."""
+        if self.store:
+            for name in self.store.list(self.prefix):
+                self.store.delete(name)
+
+    def _save(self) -> None:
+        if self.store and self.kept < len(self.found):
+            new = enumerate(self.found[self.kept :], self.kept)
+            # safetensors wants each tensor in memory of its own.
+            tensors = {f"{i}.{name}": tensor.contiguous().clone() for i, block in new for name, tensor in block.items()}
+            self.store.write(f"{self.prefix}{self.kept:08d}.safetensors", save(tensors))
+            self.kept = len(self.found)
+
+    def _load(self) -> list[Block]:
+        """The blocks that are there, up to the first that is not."""
+        if not self.store:
+            return []
+        blocks: dict[int, Block] = {}
+        for file in self.store.list(self.prefix):
+            try:
+                tensors = load(self.store.read(file))
+            except (FileNotFoundError, SafetensorError):
+                continue  # found anew
+            for key, tensor in tensors.items():
+                number, _, name = key.partition(".")
+                blocks.setdefault(int(number), {})[name] = tensor
+        found: list[Block] = []
+        while block := blocks.get(len(found)):
+            found.append(block)
+        return found
