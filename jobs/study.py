@@ -556,7 +556,7 @@ def status(options: Status) -> None:
             records = journal(run)
             last: dict[str, Any] = next((r for r in reversed(records) if r["kind"] == "metrics"), {})
             state = next((r["status"].lower() for r in reversed(records) if r["kind"] == "status"), "waiting")
-            if records and records[-1]["kind"] != "status":
+            if records and [r for r in records if r["kind"] != "evaluation"][-1]["kind"] != "status":
                 state = "running"
             flops = last.get("metrics", {}).get("compute/train_flops", 0.0)
             rows.append([run.name, state, str(last.get("step", "")), f"{flops:.3g}", f"{flops / run.budgets[-1]:.0%}"])

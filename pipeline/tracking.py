@@ -56,7 +56,7 @@ def read_journal(run: Path | Store) -> list[dict[str, Any]]:
         journal = run.read(JOURNAL)
     except FileNotFoundError:
         return []
-    return _parse(journal + _evaluations(run, journal))
+    return _parse(journal) + _parse(_evaluations(run, journal))
 
 
 def fetch_journal(run: Store, folder: Path) -> None:
@@ -72,7 +72,8 @@ def fetch_journal(run: Store, folder: Path) -> None:
         (folder / Shipper.STATE).unlink(missing_ok=True)  # it counts the bytes of the other
         path.write_bytes(copy)
         here = copy
-    with path.open("ab") as file:
+    with path.open("ab+") as file:
+        _cut_torn_line(file)
         file.write(_evaluations(run, here))
 
 

@@ -17,8 +17,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipeline.config import TrackingConfig
-from pipeline.storage import mask
-from pipeline.tracking import JOURNAL, Tracker, find_uid, journal_dir, read_journal
+from pipeline.storage import Store, mask
+from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir, put_evaluation, read_journal
 
 CONFIG = {"lr": 0.1, "model": {"channels": 32}}
 DATASET = {"url": "data/digits", "name": "digits", "digest": "0" * 32}
@@ -53,6 +53,24 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
     assert sum(r["kind"] == "run" for r in read_journal(tmp_path)) == 1
     assert find_uid(tmp_path, CONFIG) == first.uid
     assert find_uid(tmp_path, {"lr": 0.2}) is None
+
+
+def test_an_evaluation_elsewhere_is_added_to_whole_lines(tmp_path: Path) -> None:
+    here, run = tracker(tmp_path / "here", "none"), Store(f"memory://{tmp_path}")
+    here.log(1, {"train/loss": 1.0})
+    run.write(JOURNAL, here.path.read_bytes())
+    elsewhere = tracker(tmp_path / "elsewhere", "none", uid=here.uid)
+    for value in (4.0, 4.0, 5.0):  # one is measured twice
+        put_evaluation(run, elsewhere.evaluation(1, {"eval/nll": value}, {}))
+    here.log(2, {"train/loss": 0.5})
+    with here.path.open("ab") as file:
+        file.write(b'{"kind": "metrics", "st')  # killed while writing
+    run.write(JOURNAL, here.path.read_bytes())
+    fetch_journal(run, tmp_path / "here")
+    fetch_journal(run, tmp_path / "here")
+    for records in (read_journal(run), read_journal(tmp_path / "here")):
+        assert [r["kind"] for r in records] == ["run", "metrics", "metrics", "evaluation", "evaluation"]
+        assert {r["metrics"]["eval/nll"] for r in records[3:]} == {4.0, 5.0}
 
 
 def test_a_new_run_in_an_old_folder_keeps_the_old_journal(tmp_path: Path) -> None:
