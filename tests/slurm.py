@@ -117,7 +117,7 @@ class Slurm:
         self.until(lambda: "DOWN" in self.run("scontrol", "show", "node", node), "a node that is down")
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
-    def until(self, true: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    def until(self, true: Callable[[], bool], what: str, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < deadline, f"no {what} after {seconds} s\n{self.logs()}"
