@@ -29,6 +29,7 @@ from pipeline.config import parse_flags
 from pipeline.data import Cache, Reader, ShardIndex, load_index
 from pipeline.metrics import Features, Reference, dataset_reference, frechet_distance, moments_of, trained_features
 from pipeline.nll import NllPlan, measure_nll
+from pipeline.passport import NORMAL_95
 from pipeline.sample import Recipe, Trained, load_trained, to_uint8
 from pipeline.storage import StorageConfig, Store
 from pipeline.world import World, pick_device
@@ -218,12 +219,17 @@ def gradient_noise(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[
                 rows.append({"objective": objective, "weights": name, "step": step, "noise_scale": value, "se": se})
 
     def draw(axis: Any) -> None:
-        def line(row: dict[str, Any]) -> str:
-            objective, weights = row["objective"], row["weights"]
-            return objective if objective == weights else f"{objective}, on weights of {weights}"
-
-        _lines(axis, [row | {"line": line(row)} for row in rows], "step", "noise_scale", "line", error="se")
+        known = [row for row in rows if row["noise_scale"] > 0]
+        own = [row | {"line": row["objective"]} for row in known if row["objective"] == row["weights"]]
+        other = [
+            row | {"line": f"{row['objective']}; weights: {row['weights']}"}
+            for row in known
+            if row["objective"] != row["weights"]
+        ]
+        _lines(axis, own + other, "step", "noise_scale", "line", error="se")
         axis.set(xlabel="training steps", ylabel="gradient noise scale, images", yscale="log")
+        axis.legend_.remove()
+        axis.figure.legend(loc="outside lower center", fontsize=8)
 
     return rows, draw
 
@@ -383,8 +389,8 @@ def _lines(axis: Any, rows: Rows, x: str, y: str, by: str, prefix: str = "", err
         marker = "o" if len(mine) < 30 else ""
         (line,) = axis.plot(xs, ys, label=f"{prefix}{value}", linewidth=1.3, marker=marker, markersize=3)
         if error:
-            half = [1.96 * row[error] for row in mine]
-            low, high = ([v + sign * h for v, h in zip(ys, half, strict=True)] for sign in (-1, 1))
+            factors = [math.exp(NORMAL_95 * row[error] / row[y]) for row in mine]  # so that no axis is left
+            low, high = ([v * f**sign for v, f in zip(ys, factors, strict=True)] for sign in (-1, 1))
             axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
