@@ -303,6 +303,7 @@ def quality_over_steps(bench: Bench, run: str) -> tuple[Rows, Callable[[Any], No
         _lines(axis, rows, "steps", "distance", "sampler")
         axis.set(xlabel="sampling steps K", ylabel="Fréchet distance, own features", xscale="log", yscale="log")
         _ticks(axis, bench.config.steps)
+        _plain(axis)
 
     return rows, draw
 
@@ -341,6 +342,7 @@ def skipped_prefix(bench: Bench, runs: dict[str, str], steps: int = 50) -> tuple
     def draw(axis: Any) -> None:
         _lines(axis, rows, "skipped", "distance", "run")
         axis.set(xlabel="part of the reverse process skipped", ylabel="Fréchet distance, own features", yscale="log")
+        _plain(axis)
 
     return rows, draw
 
@@ -400,6 +402,14 @@ def _ticks(axis: Any, values: Sequence[int]) -> None:
     """Just these on a logarithmic x axis."""
     axis.set_xticks(values, list(map(str, values)))
     axis.xaxis.minorticks_off()
+
+
+def _plain(axis: Any) -> None:
+    """3, not 3 x 10^0, on a logarithmic y axis of about a decade."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
 
 
 def _tiles(axis: Any, images: Tensor, columns: int) -> None:
