@@ -165,7 +165,8 @@ def test_faults_kills_and_other_worlds_change_nothing(
     assert losses == expected
     assert list(losses) == list(range(2, 73, 2))
     assert len({r["uid"] for r in journal if r["kind"] == "run"}) == 1
-    assert journal[-1]["status"] == "FINISHED"
+    assert [r["kind"] for r in journal[-2:]] == ["status", "evaluation"]
+    assert journal[-2]["status"] == "FINISHED"
     for name in ("samples-0000020.png", "samples-0000060.png", "samples-0000072.png"):
         Store(f"{run}/samples", direct).download(name, tmp_path / name)
         Image.open(tmp_path / name).verify()
