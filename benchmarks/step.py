@@ -95,7 +95,8 @@ def rows(rounds: int = 10, compiled: bool = True) -> list[Row]:
         "bf16, activations checkpointed": Steps(config("bf16", checkpointed=True), world),
     }
     if compiled:
-        ours["bf16, compiled"] = Steps(config("bf16", compiled=True), world)
+        for precision in ("fp32", "bf16"):
+            ours[f"{precision}, compiled"] = Steps(config(precision, compiled=True), world)
     weights = dict(ours["fp32"].state.model.state_dict())
     plain = PlainTraining(weights, MODEL, diffusion, 1e-4, 0.9999)
     peer = diffusers_step(diffusion)
@@ -169,10 +170,13 @@ def _sampling(state: TrainState, rounds: int) -> list[Row]:
     plain_exact = plain_unet(dict(exact.named_parameters()), state.config.model)
     a, b = (final(ancestral(m, chain, small, lambda t: small.roll(t + 1, 0))) for m in (exact, plain_exact))
     difference = float((a - b).abs().max())
+    fused = deepcopy(state.model)
+    fused.fuse()
     ways = {
         "plain": lambda: draw(plain),
         "fp32": lambda: draw(state.model),
         "bf16": lambda: draw(state.model, "bf16"),
+        "bf16, compiled": lambda: draw(fused, "bf16"),
     }
     seconds = in_turns(ways, rounds)
     rate = {name: BATCH * CHAIN / statistics.median(found) for name, found in seconds.items()}
@@ -184,7 +188,7 @@ def _sampling(state: TrainState, rounds: int) -> list[Row]:
             median_ratio(seconds["plain"], seconds[name]),
             {"bf16": 2.5}.get(name),
         )
-        for name in ("fp32", "bf16")
+        for name in ("fp32", "bf16", "bf16, compiled")
     ] + [Row("sampling less plain, in float64", f"{difference:.1e}", "1e-9", difference / 1e-9, 1.0, at_most=True)]
 
 

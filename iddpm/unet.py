@@ -1,8 +1,6 @@
 """The U-Net of IDDPM. Its state_dict has the names and shapes of the published improved-diffusion models."""
 
 import math
-from collections.abc import Callable
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iddpm.config import GROUPS, UNetConfig
+from iddpm.fused import fused_norm_act
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -39,12 +38,6 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
     return F.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
-@cache
-def compiled_norm_act() -> Callable[..., Tensor]:
-    """norm_act with its passes over memory fused, for networks of any widths and sizes."""
-    return torch.compile(norm_act, dynamic=True, fullgraph=True)
-
-
 class GroupNorm(nn.GroupNorm):
     """GroupNorm over 32 groups that computes in float32 at least."""
 
@@ -58,12 +51,11 @@ class GroupNorm(nn.GroupNorm):
 class NormAct(GroupNorm):
     """What is between two convolutions, and bound by memory: the part of the network that is worth compiling."""
 
-    compiled = False
+    fused = False
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        run = compiled_norm_act() if self.compiled else norm_act
-        # Slices, since the shapes of Parameters would be compiled in, each anew.
-        return run(x, self.num_groups, self.weight[:], self.bias[:], self.eps, scale, shift)
+        run = fused_norm_act if self.fused else norm_act
+        return run(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift)
 
 
 class ResBlock(nn.Module):
@@ -99,6 +91,14 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + h
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over [N, heads, pixels, channels of the head]."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        with torch.autocast("cpu", enabled=False):  # in bfloat16, torch's backward pass takes up to six times as long
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class AttentionBlock(nn.Module):
     """Self-attention over the pixels of a feature map, with a residual connection."""
 
@@ -116,8 +116,7 @@ class AttentionBlock(nn.Module):
         pixels = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)
         qkv = F.linear(pixels, self.qkv.weight.squeeze(2), self.qkv.bias)  # channels: [head, (q, k, v), of the head]
         q, k, v = qkv.view(n, h * w, self.num_heads, 3, c // self.num_heads).transpose(1, 2).unbind(3)
-        out = F.scaled_dot_product_attention(q, k, v)  # [N, heads, pixels, channels of the head]
-        out = out.transpose(1, 2).reshape(n, h * w, c)
+        out = attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
         out = F.linear(out, self.proj_out.weight.squeeze(2), self.proj_out.bias)
         return x + out.view(n, h, w, c).permute(0, 3, 1, 2)
 
@@ -237,11 +236,11 @@ class UNet(nn.Module):
             return stage(h, emb)
         return checkpoint(stage, h, emb, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
 
-    def compile_blocks(self) -> None:
-        """Have what lies between the convolutions compiled when it first runs: one small function for all blocks."""
+    def fuse(self) -> None:
+        """Have what lies between the convolutions compiled when it first runs: a few kernels for all blocks."""
         for module in self.modules():
             if isinstance(module, NormAct):
-                module.compiled = True
+                module.fused = True
 
 
 def _zero(layer: nn.Module) -> None:

@@ -78,9 +78,9 @@ class LaunchConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; 'auto' takes a GPU where there is one."""
     compile: bool = False
-    """Fuse normalisation and activation by torch.compile: takes up to a minute at the first step, for long runs."""
+    """Fuse normalisation and activation by torch.compile, which takes ten seconds at the first step: for long runs."""
     checkpoint_activations: bool = False
-    """Compute activations anew in the backward pass: much less memory, for about a third more time."""
+    """Training computes activations anew in the backward pass: much less memory, for about a third more time."""
 
     def __post_init__(self) -> None:
         _positive(self, "", "timeout_s", "min_workers", *(["workers"] if self.workers is not None else []))

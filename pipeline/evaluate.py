@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -145,10 +146,10 @@ def check_metrics(text: str, flag: str) -> list[str]:
 
 
 def main(config: EvaluateConfig, world: World) -> None:
-    models = [load_trained(config.run, config.storage, world.device, config.ema_rate, config.step)]
+    load = partial(load_trained, storage=config.storage, device=world.device, fuse=config.launch.compile)
+    models = [load(config.run, ema_rate=config.ema_rate, step=config.step)]
     if config.against or config.against_step is not None:
-        other = config.against or config.run
-        models.append(load_trained(other, config.storage, world.device, config.ema_rate, config.against_step))
+        models.append(load(config.against or config.run, ema_rate=config.ema_rate, step=config.against_step))
     found = measure(models, config, world, keep=True)
     if world.rank != 0:
         return

@@ -51,7 +51,7 @@ class TrainState:
         self.model = build_model(config).to(world.device)
         self.model.checkpoint_activations = config.launch.checkpoint_activations
         if config.launch.compile:
-            self.model.compile_blocks()
+            self.model.fuse()
         self.params = dict(self.model.named_parameters())
         # What is differentiated: DDP averages the gradients over the ranks.
         self.network: nn.Module = self.model

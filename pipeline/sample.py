@@ -102,10 +102,12 @@ def load_trained(
     device: torch.device,
     ema_rate: float | None = None,
     step: int | None = None,
+    *,
+    fuse: bool = False,
 ) -> Trained:
     """The newest whole checkpoint (or that of `step`) of the run at `url`.
 
-    `ema_rate`: which average; default the run's first, 0 for the weights themselves.
+    `ema_rate`: which average; default the run's first, 0 for the weights themselves. `fuse`: as --compile does.
     Raises ValueError where the run has no checkpoint or no such average.
     """
     checkpoints = Checkpoints(Store(url, storage))
@@ -123,6 +125,8 @@ def load_trained(
     config = from_record(record.meta["config"])
     model = build_model(config)
     model.load_state_dict(parts[part])
+    if fuse:
+        model.fuse()
     return Trained(config, record.step, record.meta, rate, model.to(device).eval())
 
 
@@ -361,7 +365,9 @@ class SampleConfig:
 
 
 def main(config: SampleConfig, world: World) -> None:
-    trained = load_trained(config.run, config.storage, world.device, config.ema_rate, config.step)
+    trained = load_trained(
+        config.run, config.storage, world.device, config.ema_rate, config.step, fuse=config.launch.compile
+    )
     run = trained.config
     steps = run.sample_steps if config.steps is None else config.steps
     recipe = Recipe("ddim" if config.between else config.sampler, steps, config.eta, config.seed)

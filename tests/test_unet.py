@@ -223,7 +223,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_keep_less():
 def test_compiled_blocks_give_what_eager_ones_do():
     torch.compiler.reset()
     expected, model, batch = filled(), filled(), small_batch()
-    model.compile_blocks()
+    model.fuse()
     assert model.state_dict().keys() == expected.state_dict().keys()
     out, want = model(*batch), expected(*batch)
     assert error(out, want) < 1e-5
