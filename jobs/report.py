@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.study import Study, load_points, table
+from pipeline.evaluate import real_floor
+from pipeline.passport import Measured
 from pipeline.scaling import (
     PAPER,
     ComputePoint,
@@ -28,6 +30,7 @@ from pipeline.scaling import (
 )
 from pipeline.storage import Store, mask
 from pipeline.tracking import connect, find_or_create_run, tracking_uri
+from pipeline.world import World, pick_device
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,9 +43,11 @@ FORMULA = {"L(C)": "L(C) = E + A·C^-a", "L(N, D)": "L(N, D) = E + A·N^-alpha +
 class Findings:
     """What the points of one metric support, and why not the rest: `refused` has the reason of each thing missing."""
 
-    def __init__(self, points: Sequence[ComputePoint]) -> None:
+    def __init__(self, points: Sequence[ComputePoint], floor: Measured | None = None) -> None:
         check_points(points)
         self.points = points
+        self.floor = floor
+        """What real images get, of a metric of images."""
         self.name = points[0].name
         self.label = {"nll": "bits/dim", "fid": "FID"}.get(self.name, self.name)
         self.refused: dict[str, str] = {}
@@ -75,6 +80,12 @@ class Findings:
         for law, fit in self.fits.items():
             lines += ["", f"{FORMULA[law]}   ({fit.runs} runs, residuals {fit.residuals.std():.2%})"]
             lines += [f"  {n:6s} {v!r:22}  [{lo:.6g}, {hi:.6g}]" for n, (v, lo, hi) in fit.parameters().items()]
+        if self.floor:
+            f = self.floor
+            lines += [
+                "",
+                f"real images in the place of drawn ones: {f.value:.4f} ({f.passport['real']}, n {f.passport['n']})",
+            ]
         lines += ["", "held out: the largest budget, predicted from the others"]
         for law, held in self.held.items():
             lines.append(
@@ -95,6 +106,7 @@ class Findings:
         """Everything, as JSON takes it."""
         return {
             "points": [vars(p) for p in self.points],
+            "real_images": self.floor and vars(self.floor),
             "fits": {law: fit.parameters() for law, fit in self.fits.items()},
             "held_out": {law: vars(held) | {"covered": held.covered} for law, held in self.held.items()},
             "compute_optimal": {f"{b:.6g}": [vars(o) for o in optima] for b, optima in self.optima.items()},
@@ -106,9 +118,11 @@ class Findings:
 def report(study: Study, out: str | None) -> None:
     """Print the findings; with `out`, write the report into that folder (default: in the study's) and to MLflow."""
     every: list[Findings] = []
-    for name, points in load_points(study).items():
+    measured = load_points(study)
+    floors = _floors(study) if measured else {}
+    for name, points in measured.items():
         try:
-            every.append(Findings(points))
+            every.append(Findings(points, floors.get(name)))
             print(every[-1].text() + "\n")
         except ValueError as error:  # what one metric's points have is nothing against the others
             print(f"refused: {name}: {error}")
@@ -132,6 +146,24 @@ def report(study: Study, out: str | None) -> None:
             client.set_terminated(run_id)
         except Exception as error:  # a tracking server's troubles are never the report's
             print(f"warning: MLflow did not take the report: {mask(str(error))}")
+
+
+def _floors(study: Study) -> dict[str, Measured]:
+    """What the metrics of images say of real ones, by name; measured once, and kept beside the points."""
+    name, options = "floor.json", study.evaluation
+    try:
+        content = json.loads(study.store.read(name))
+    except FileNotFoundError:
+        content = {}
+    if content.get("evaluate") != list(study.evaluate):
+        try:
+            found = real_floor(options, study.runs[0].config, World(device=pick_device("auto", 0)))
+        except (ValueError, OSError) as error:
+            print(f"warning: what real images get is not known: {error}")
+            return {}
+        content = {"evaluate": study.evaluate, "floors": [vars(value) for value in found]}
+        study.store.write(name, json.dumps(content).encode())
+    return {floor["name"]: Measured(**floor) for floor in content["floors"]}
 
 
 # ---------------------------------------------------------------------------------------- figures
@@ -189,11 +221,13 @@ def _frontier(findings: Findings) -> "tuple[Figure, str]":
         axis.errorbar(
             [held.budget * 1.12], [held.predicted], bars, fmt="s", ms=4, capsize=3, color="tab:blue", label="held out"
         )
+    if findings.floor:
+        axis.axhline(findings.floor.value, color="black", ls=":", lw=1.2, label="real images")
     axis.legend(fontsize=8, ncols=2)
     return figure, (
         "Each point is a run measured at a budget; circles: the best size (mean over seeds) at each budget; line and"
         " band: the fit and its 95 % interval, by a bootstrap over runs; square: the largest budget as predicted"
-        " without it, with the interval of a new measurement."
+        " without it, with the interval of a new measurement; dotted: what as many real images get."
     )
 
 

@@ -20,10 +20,12 @@ from pipeline.metrics import (
     METRICS,
     NEAR,
     Features,
+    Reference,
     dataset_reference,
     image_metrics,
     inception_features,
     npz_reference,
+    spread_images,
     torch_fidelity_features,
     trained_features,
 )
@@ -221,10 +223,7 @@ def _image_metrics(
 ) -> list[Measured]:
     run = trained.config
     recipe, index, features = image_tools(config, run, data, world)
-    if config.reference:
-        reference = npz_reference(config.reference, config.storage, features, world)
-    else:
-        reference = dataset_reference(data, index, features, world, cache)
+    reference = _reference(config, data, index, features, cache, world)
     if reference.images is None and (near := set(wanted) & NEAR):
         raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only their moments")
     images = {"n": config.samples, "ema": trained.ema_rate, **asdict(recipe), "features": features.digest}
@@ -246,6 +245,39 @@ def _image_metrics(
     return [
         Measured(features.metric(name), value, trained.step, passport | more) for name, (value, more) in values.items()
     ]
+
+
+def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[Measured]:
+    """What the metrics of images say of real ones in the place of `config.samples` drawn ones: no model does better.
+
+    Validation images where there are so many, else training images, which are nearer since they are a part of the
+    reference: the passport says which. For one process.
+    """
+    data = Store(config.data or run.data.url, config.storage)
+    cache = Cache(run.data.cache_dir, int(run.data.cache_gb * 1e9))
+    wanted = [name for name in check_metrics(config.metrics, "--metrics") if name in METRICS]
+    if not wanted:
+        return []
+    _, index, features = image_tools(config, run, data, world)
+    reference = _reference(config, data, index, features, cache, world)
+    try:
+        held_out = _index(data, "val", [run])
+        real = held_out if held_out.num_samples >= config.samples else index
+    except FileNotFoundError:
+        real = index
+    seen = [features.see(images) for images in spread_images(data, real, cache, config.samples)]
+    values = image_metrics(seen, reference, features, wanted, config.neighbours)
+    n = sum(len(block["features"]) for block in seen)
+    passport = {"n": n, "real": real.split, "features": features.digest, "reference": reference.digest}
+    return [Measured(features.metric(name), value, 0, passport | more) for name, (value, more) in values.items()]
+
+
+def _reference(
+    config: EvaluateConfig, data: Store, index: ShardIndex, features: Features, cache: Cache, world: World
+) -> Reference:
+    if config.reference:
+        return npz_reference(config.reference, config.storage, features, world)
+    return dataset_reference(data, index, features, world, cache)
 
 
 def image_tools(

@@ -10,7 +10,9 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from urllib.error import URLError
@@ -297,39 +299,32 @@ class Reference:
     """The first so many; None where only moments are known."""
 
 
-def dataset_reference(
-    data: Store, index: ShardIndex, features: Features, world: World, cache: Cache, batch_size: int = 256
-) -> Reference:
+def dataset_reference(data: Store, index: ShardIndex, features: Features, world: World, cache: Cache) -> Reference:
     """All images of a split. Their moments are kept beside the shards, under the digests of data and network."""
     name = f"{CACHE}/{index.split}-{index.digest}-{features.digest}.npz"
     found = None
     if world.rank == 0:
-        try:
+        with suppress(FileNotFoundError):
             found = read_moments(data.read(name))
-        except FileNotFoundError:
-            found = None
-
-    def images(ids: np.ndarray) -> Iterator[Tensor]:
-        reader = Reader(data, index, cache)
-        try:
-            for start in range(0, len(ids), batch_size):
-                yield reader.read(ids[start : start + batch_size])[0]
-        finally:
-            reader.close()
-
     found = world.broadcast_object(found)
     if found is None:
-        lo, hi = world.share(index.num_samples)
-        found = moments_of(images(np.arange(lo, hi)), features, world).mean_covariance()
+        own = np.arange(*world.share(index.num_samples))
+        found = moments_of(_images(data, index, cache, own), features, world).mean_covariance()
         if world.rank == 0:
             _keep(data, name, moments_npz(*found))
+    return Reference(f"{index.split}-{index.digest[:16]}", found, partial(spread_images, data, index, cache))
 
-    def first(n: int) -> Iterator[Tensor]:
-        # Evenly spread: shards may be in any order.
-        count = min(n, index.num_samples)
-        return images(np.arange(count) * index.num_samples // count)
 
-    return Reference(f"{index.split}-{index.digest[:16]}", found, first)
+def spread_images(data: Store, index: ShardIndex, cache: Cache, n: int) -> Iterator[Tensor]:
+    """So many images of a split, or all, evenly spread over it: shards may be in any order. Batches as `Batches`."""
+    count = min(n, index.num_samples)
+    return _images(data, index, cache, np.arange(count) * index.num_samples // count)
+
+
+def _images(data: Store, index: ShardIndex, cache: Cache, ids: np.ndarray, batch_size: int = 256) -> Iterator[Tensor]:
+    with closing(Reader(data, index, cache)) as reader:
+        for start in range(0, len(ids), batch_size):
+            yield reader.read(ids[start : start + batch_size])[0]
 
 
 def npz_reference(

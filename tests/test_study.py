@@ -171,6 +171,15 @@ def test_a_study_interrupted_and_run_again(tmp_path: Path, digits: str, capsys) 
         assert child.data.metrics[f"eval/log10_{value.name}"] == pytest.approx(math.log10(value.value))
         assert json.loads(child.data.tags[f"eval/{value.name}.passport"]) == value.passport
     assert (point.passport["n"], distance.passport["n"]) == (4, 16)
+
+    capsys.readouterr()
+    report.report(loaded, str(tmp_path / "report"))
+    floor = json.loads((tmp_path / "report" / "fit.json").read_text())["fd_digits"]["real_images"]
+    assert 0 < floor["value"] < distance.value
+    assert (
+        floor["passport"] | {"n": 16, "real": "val", "reference": distance.passport["reference"]} == floor["passport"]
+    )
+    assert f"real images in the place of drawn ones: {floor['value']:.4f} (val, n 16)" in capsys.readouterr().out
     assert child.data.metrics["compute/train_flops"] == point.flops
 
     capsys.readouterr()
