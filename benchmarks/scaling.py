@@ -53,7 +53,7 @@ class Machine:
     """The same from node to node."""
     loader: float = 1e5
     """Images a second that a process reads from its node's cache."""
-    store: float = 175e6
+    store: float = 500e6
     """From the object store into a node's cache."""
     snapshot: float = 0.45e-9
     """For which a checkpoint holds training up, per byte."""

@@ -267,12 +267,12 @@ class _Order:
             start += len(parts[-1])
         return np.concatenate(parts)
 
-    def shards_from(self, position: int) -> list[int]:
-        """The shards of the window at `position` and of the one after it."""
+    def shards_from(self, position: int, turn: float = 0.0) -> list[int]:
+        """The shards of the window at `position`, then of the one after it; each begins `turn` of its length earlier."""
         epoch, number, _ = self.find(position)
         windows = self.plan(epoch)[0]
         after = windows[number + 1] if number + 1 < len(windows) else self.plan(epoch + 1)[0][0]
-        return [int(s) for s in (*windows[number], *after)]
+        return [int(s) for w in (windows[number], after) for s in np.roll(w, -int(turn * len(w)))]
 
 
 def sample_order(index: ShardIndex, seed: int, epoch: int, window: int) -> np.ndarray:
@@ -620,7 +620,9 @@ def stream(
             while True:
                 while len(pending) < ahead:
                     ids = order.slice(position + lo, position + hi)
-                    files = reader.open([*index.shard_of(ids).tolist(), *order.shards_from(position + hi)])
+                    # Ranks that share a cache begin with different shards: together they fetch more at a time.
+                    soon = order.shards_from(position + hi, turn=lo / batch_size)
+                    files = reader.open([*index.shard_of(ids).tolist(), *soon])
                     pending.append(decoders.submit(load, ids, position + lo, files))
                     position += batch_size
                 yield pending.popleft().result()

@@ -156,6 +156,16 @@ def test_any_world_sees_the_same(local, world, position):
     assert joined(parts) == whole
 
 
+def test_ranks_begin_with_different_shards(local):
+    """Of each window, so that those that share a cache do not wait for the same download."""
+    _, index = local
+    order = data._Order(index, seed=0, window=3)
+    plans = [order.shards_from(0, turn=rank / 3) for rank in range(3)]
+    for window in (slice(0, 3), slice(3, 6)):
+        assert len({plan[window][0] for plan in plans}) == 3
+        assert {frozenset(plan[window]) for plan in plans} == {frozenset(plans[0][window])}
+
+
 @pytest.mark.parametrize("workers", [1, 3, 5])
 @pytest.mark.parametrize("ahead", [1, 7])
 def test_any_number_of_workers_sees_the_same(local, workers, ahead):
