@@ -268,7 +268,7 @@ class _Order:
         return np.concatenate(parts)
 
     def shards_from(self, position: int, turn: float = 0.0) -> list[int]:
-        """The shards of the window at `position`, then of the one after it; each begins `turn` of its length earlier."""
+        """The shards of the window at `position`, then of the next; each from the part `turn` of it on."""
         epoch, number, _ = self.find(position)
         windows = self.plan(epoch)[0]
         after = windows[number + 1] if number + 1 < len(windows) else self.plan(epoch + 1)[0][0]
