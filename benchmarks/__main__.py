@@ -5,7 +5,7 @@ the same run, since machines differ and are noisy; a ratio that misses its goal 
 import tempfile
 from pathlib import Path
 
-from benchmarks import checkpoint, data, nll, sampler_sync, scaling, step, training
+from benchmarks import checkpoint, data, nll, sampler_sync, scaling, step, tracking, training
 from benchmarks.table import Row, here, show
 from pipeline.prepare import prepare_digits
 
@@ -21,6 +21,7 @@ def main() -> None:
             "bits/dim": lambda: nll.rows(str(folder / "fp32"), images=32, seeds=40),
             "timestep sampler": sampler_sync.rows,
             "several processes": scaling.rows,
+            "tracking": lambda: tracking.rows(folder),
             "data": data.rows,
             "checkpoints": checkpoint.rows,
         }.items():

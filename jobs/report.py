@@ -232,6 +232,8 @@ def _frontier(findings: Findings) -> "tuple[Figure, str]":
 
 
 def _isoflop(findings: Findings) -> "tuple[Figure, str]":
+    from matplotlib.ticker import LogLocator
+
     curves = isoflop(findings.points)
     figure, axis = _axes(f"{findings.label} over size, at equal compute", "weights", findings.label)
     for curve, color in zip(curves, _colors(range(len(curves))).values(), strict=True):
@@ -241,6 +243,7 @@ def _isoflop(findings: Findings) -> "tuple[Figure, str]":
         axis.plot(grid, curve(grid), color=color, lw=1.2, label=f"{curve.budget:.2g} FLOPs")
         if curve.parameters:
             axis.plot([curve.parameters], [curve(curve.parameters)], "*", color=color, ms=11, mec="black", mew=0.5)
+    axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # sizes span a decade: all labels would overlap
     axis.legend(fontsize=8, ncols=2)
     return figure, (
         "A parabola in log N for each budget; stars: minima that lie within the sizes measured. A curve without a"
