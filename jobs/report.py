@@ -244,6 +244,8 @@ def _isoflop(findings: Findings) -> "tuple[Figure, str]":
         if curve.parameters:
             axis.plot([curve.parameters], [curve(curve.parameters)], "*", color=color, ms=11, mec="black", mew=0.5)
     axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # sizes span a decade: all labels would overlap
+    for formatted in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        formatted(lambda n, _: f"{n / 1e6:.3g}M")
     axis.legend(fontsize=8, ncols=2)
     return figure, (
         "A parabola in log N for each budget; stars: minima that lie within the sizes measured. A curve without a"
