@@ -28,6 +28,7 @@ study: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m cuda tests/test_cuda.py
 
 # A peer to measure against, which nothing else needs.
 bench: $(INSTALLED)

@@ -37,7 +37,7 @@ MARKERS = {
         "apt-get install slurm-wlm munge",
     ),
     "ray": ("a Ray cluster", lambda: shutil.which("ray", path=_path()), "pip install 'ray[default,train]'"),
-    "cuda": ("a GPU", torch.cuda.is_available, "run on a machine with an NVIDIA GPU"),
+    "cuda": ("a GPU", torch.cuda.is_available, "pytest -m cuda on a machine with an NVIDIA GPU runs it"),
 }
 
 
@@ -46,6 +46,8 @@ def _path() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "cuda":  # the other tests are of the CPU, with more ranks than a machine has GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for name, (what, _, _) in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: needs {what}")
     config.addinivalue_line("markers", "slow: takes more than some seconds")
