@@ -11,12 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
+from benchmarks.ranks import Steps, on_ranks
 from benchmarks.table import Row, show
 from pipeline.config import parse_train
-from pipeline.data import Batch
-from pipeline.loop import TrainState, train_step
 from pipeline.prepare import prepare_digits
 from pipeline.world import World
 
@@ -66,22 +63,21 @@ def _precision(folder: Path) -> list[Row]:
 
 
 def _memory() -> Row:
-    """Of a thousand steps, the peak of the last 900 over that of the first hundred."""
-    state, world = TrainState(parse_train(SMALL)[0], World()), World()
-    index = torch.arange(8)
-    batch = Batch(torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8), torch.zeros(8).long(), index, index)
-    for step in range(1000):
-        train_step(state, batch, world)
-        if step == 100:
-            early = _peak_mb()
-    late = _peak_mb()
+    """In a process of its own: of a thousand steps, the peak of all over that of the first hundred."""
+    early, late = on_ranks(1, _peaks)
     return Row(
         "memory after 1,000 steps", f"{late:.0f} MB", f"after 100: {early:.0f} MB", late / early, 1.01, at_most=True
     )
 
 
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _peaks(world: World) -> list[float]:
+    """MB, after 100 and after 1,000 steps."""
+    steps, peaks = Steps(parse_train(SMALL)[0], world), []
+    for count in (100, 900):
+        for _ in range(count):
+            steps.step()
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return peaks
 
 
 def main() -> None:

@@ -41,17 +41,7 @@ class _FusedNormAct(torch.autograd.Function):
         shift: Tensor | None,
     ) -> Tensor:
         pixels = _pixels(x)
-        channel_mean, channel_var = _compiled(_moments)(pixels)
-        dtype = channel_mean.dtype
-        mean = _over_groups(channel_mean, groups)
-        var = _over_groups(channel_var + (channel_mean - mean).square(), groups)
-        rstd = (var + eps).rsqrt()
-        gain = weight.to(dtype) if scale is None else weight * (1 + scale[:, :, 0, 0].to(dtype))
-        offset = bias.to(dtype) if scale is None else bias * (1 + scale[:, :, 0, 0].to(dtype))
-        if shift is not None:
-            offset = offset + shift[:, :, 0, 0].to(dtype)
-        a = rstd * gain
-        b = offset - mean * a
+        a, b, mean, rstd = _compiled(_coefficients)(pixels, groups, weight[:], bias[:], eps, _flat(scale), _flat(shift))
         ctx.save_for_backward(x, a, b, mean, rstd, weight, bias, scale)
         ctx.groups = groups
         return _like(x, _compiled(_affine_silu)(pixels, a, b))
@@ -60,36 +50,45 @@ class _FusedNormAct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, mean, rstd, weight, bias, scale = ctx.saved_tensors
         pixels, grad = _pixels(x), _pixels(grads[0])
-        dz, dz_x = _compiled(_gradient_sums)(grad, pixels, a, b)  # sums over the pixels [N, C]
-        dz_normed = (dz_x - mean * dz) * rstd
-        d_weight, d_bias, d_scale, d_shift = dz_normed, dz, None, None
-        if scale is not None:
-            factor = 1 + scale[:, :, 0, 0].to(dz.dtype)
-            d_weight, d_bias = dz_normed * factor, dz * factor
-            d_scale = (dz_normed * weight + dz * bias).to(scale.dtype)[:, :, None, None]
-            d_shift = dz.to(scale.dtype)[:, :, None, None]
-        # Through the mean and the variance, which every pixel of a group has a part in.
-        count = pixels.shape[1]
-        through_var = -_over_groups(dz_normed * a, ctx.groups) * rstd / count
-        through_mean = -_over_groups(dz * a, ctx.groups) / count - through_var * mean
-        dx = _like(x, _compiled(_gradient)(grad, pixels, a, b, through_var, through_mean))
-        return dx, None, d_weight.sum(0).to(weight.dtype), d_bias.sum(0).to(bias.dtype), None, d_scale, d_shift
+        sums = _compiled(_gradient_sums)(grad, pixels, a, b, mean, rstd, ctx.groups, weight[:], bias[:], _flat(scale))
+        slope, offset, d_weight, d_bias, *more = sums
+        d_scale, d_shift = (d[:, :, None, None] for d in more) if more else (None, None)
+        return (
+            _like(x, _compiled(_gradient)(grad, pixels, a, b, slope, offset)),
+            None,
+            d_weight,
+            d_bias,
+            None,
+            d_scale,
+            d_shift,
+        )
 
 
 @cache
 def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(kernel, dynamic=True, fullgraph=True)
+    # A variant for each dtype, with and without scale, for one channel a group or more, under autocast or not.
+    return torch.compile(kernel, dynamic=True, fullgraph=True, recompile_limit=64)
 
 
-# The kernels: x and grad [N, pixels, C] in the network's dtype, all else [N, C] in the sums' dtype.
+# What is compiled: x and grad [N, pixels, C] in the network's dtype; scale and shift [N, C]; weight and bias [C]; all
+# else [N, C] in the sums' dtype.
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel; about its first pixel, so that a large mean costs no digits."""
+def _coefficients(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, ...]:
+    """a, b, and the mean and 1/deviation of each channel's group."""
     x = _wide(x)
-    first = x[:, :1]
-    mean = (x - first).mean(1)
-    return mean + first[:, 0], (x - first).square().mean(1) - mean.square()
+    first = x[:, :1]  # moments about the first pixel, so that a large mean costs no digits
+    about = (x - first).mean(1)
+    channel_mean = about + first[:, 0]
+    channel_var = (x - first).square().mean(1) - about.square()
+    mean = _over_groups(channel_mean, groups)
+    rstd = (_over_groups(channel_var + (channel_mean - mean).square(), groups) + eps).rsqrt()
+    factor = 1 if scale is None else 1 + scale.to(mean.dtype)
+    a = rstd * weight * factor
+    b = bias * factor - mean * a
+    return a, b if shift is None else b + shift, mean, rstd
 
 
 def _affine_silu(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -97,9 +96,31 @@ def _affine_silu(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (z * z.sigmoid()).to(x.dtype)
 
 
-def _gradient_sums(grad: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient_sums(
+    grad: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """What reaches x through the mean and the variance, in which every pixel of a group has a part, as slope and offset
+    [N, C]; the gradients of weight, bias [C] and, where there is a scale, of scale and shift [N, C].
+    """
     dz = _dz(grad, x, a, b)
-    return dz.sum(1), (dz * _wide(x)).sum(1)
+    dz, dz_x = dz.sum(1), (dz * _wide(x)).sum(1)
+    dz_normed = (dz_x - mean * dz) * rstd
+    slope = -_over_groups(dz_normed * a, groups) * rstd / x.shape[1]
+    offset = -_over_groups(dz * a, groups) / x.shape[1] - slope * mean
+    if scale is None:
+        return slope, offset, dz_normed.sum(0).to(weight.dtype), dz.sum(0).to(bias.dtype)
+    factor = 1 + scale.to(dz.dtype)
+    d_weight, d_bias = ((d * factor).sum(0).to(weight.dtype) for d in (dz_normed, dz))
+    return slope, offset, d_weight, d_bias, (dz_normed * weight + dz * bias).to(scale.dtype), dz.to(scale.dtype)
 
 
 def _gradient(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
@@ -119,6 +140,10 @@ def _wide(x: Tensor) -> Tensor:
 def _pixels(x: Tensor) -> Tensor:
     """[N, C, H, W] -> [N, H W, C]: a view in channels_last."""
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1])
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x[:, :, 0, 0]
 
 
 def _like(x: Tensor, pixels: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ def norm_act(
     """GroupNorm of x [N, C, H, W], scaled and shifted ([N, C, 1, 1]) where it is told how, then SiLU."""
     h = group_norm(x, groups, weight, bias, eps)
     if scale is not None and shift is not None:
-        h = h * (1 + scale) + shift
-    return F.silu(h)
+        h = torch.addcmul(shift, h, 1 + scale)
+    return F.silu(h, inplace=not torch.is_grad_enabled())
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
