@@ -67,7 +67,8 @@ class _FusedNormAct(torch.autograd.Function):
 @cache
 def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
     # A variant for each dtype, with and without scale, for one channel a group or more, under autocast or not.
-    return torch.compile(kernel, dynamic=True, fullgraph=True, recompile_limit=64)
+    # (torch's own overloads have not heard of the limit.)
+    return torch.compile(kernel, dynamic=True, fullgraph=True, recompile_limit=64)  # type: ignore[call-overload]
 
 
 # What is compiled: x and grad [N, pixels, C] in the network's dtype; scale and shift [N, C]; weight and bias [C]; all
