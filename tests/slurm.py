@@ -115,6 +115,10 @@ class Slurm:
         """The node comes back, as after a reboot, which Slurm has not asked for; the administrator puts it to work."""
         self.start(node, "slurmd", "-D", "-b", "-N", node)
         self.until(lambda: "DOWN" in self.run("scontrol", "show", "node", node), "a node that is down")
+        # From here on it tells the machine's own boot: the next report of `-b` may be a second off, another reboot.
+        self.daemons[node].terminate()
+        self.daemons[node].wait()
+        self.start(node, "slurmd", "-D", "-N", node)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
     def until(self, true: Callable[[], bool], what: str, seconds: float = 240) -> None:
