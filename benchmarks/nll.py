@@ -21,6 +21,7 @@ from pipeline.data import load_index, samples
 from pipeline.passport import NORMAL_95
 from pipeline.sample import load_trained
 from pipeline.storage import StorageConfig, Store
+from pipeline.world import World
 
 SE = 0.01  # bits/dim
 
@@ -31,7 +32,7 @@ def rows(
     seeds: Annotated[int, tyro.conf.arg(help="Estimates.")] = 200,
     draws: Annotated[int, tyro.conf.arg(help="Timesteps an image.")] = 16,
 ) -> list[Row]:
-    trained = load_trained(run, StorageConfig(), torch.device("cpu"))
+    trained = load_trained(run, StorageConfig(), World())
     diffusion, model, steps = Diffusion(trained.config.diffusion), trained.model, trained.config.diffusion.timesteps
     store = Store(trained.config.data.url)
     population = images

@@ -12,6 +12,8 @@ IMAGES = 32  # validation images for the exact bits/dim, which evaluates the net
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        raise SystemExit(__doc__)
     print("1. Data: scikit-learn's handwritten digits, as WebDataset shards", flush=True)
     run("pipeline.prepare", "digits", "--out", "data/digits")
 

@@ -77,7 +77,7 @@ class Bench:
         self._quality: tuple[Features, Reference] | None = None
 
     def load(self, run: str, step: int | None = None, ema_rate: float | None = None) -> Trained:
-        trained = load_trained(run, self.config.storage, self.world.device, ema_rate, step)
+        trained = load_trained(run, self.config.storage, self.world, ema_rate, step)
         if trained.config.model.num_classes is not None:
             raise ValueError(f"{run}: is class-conditional; the figures are of unconditional models")
         return trained

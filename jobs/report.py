@@ -4,6 +4,7 @@ import base64
 import html
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from pipeline.scaling import (
     isoflop,
     warnings,
 )
-from pipeline.storage import Store, mask
+from pipeline.storage import StorageError, Store, mask
 from pipeline.tracking import connect, find_or_create_run, tracking_uri
 from pipeline.world import World, pick_device
 
@@ -162,7 +163,8 @@ def _floors(study: Study) -> dict[str, Measured]:
             print(f"warning: what real images get is not known: {error}")
             return {}
         content = {"evaluate": study.evaluate, "floors": [vars(value) for value in found]}
-        study.store.write(name, json.dumps(content).encode())
+        with suppress(StorageError):  # a study that may only be read
+            study.store.write(name, json.dumps(content).encode())
     return {floor["name"]: Measured(**floor) for floor in content["floors"]}
 
 

@@ -103,7 +103,7 @@ class Study:
         options = parse_flags(EvaluateConfig, [self.name, *self.evaluate], "The study's `evaluate:` section.")
         if set(check_metrics(options.metrics, "evaluate.metrics")) - {"nll", "fid", "kid"}:
             fail_usage(ValueError(f"evaluate.metrics: got {options.metrics!r}, expected some of nll, fid, kid"))
-        return options
+        return replace(options, storage=self.runs[0].config.storage)
 
     @cached_property
     def runs(self) -> "list[Run]":
@@ -155,7 +155,10 @@ def load_study(path: Path) -> Study:
     for word in file_flags(str(path)):
         if word.startswith("--"):
             section, _, name = word.removeprefix("--").partition(".")
-            section, word = (section, f"--{name}") if name and section in sections else ("", word)
+            if name and section in sections:
+                word = f"--{name.removeprefix('launch.')}"
+            else:
+                section = ""
         sections[section].append(word)
     study = parse_flags(Study, sections[""], f"{Study.__doc__} ({path})")
     return replace(study, train=tuple(sections["train"]), evaluate=tuple(sections["evaluate"]))
@@ -514,9 +517,9 @@ def measure(study: Study, run: Run, budget: float) -> None:
     from pipeline.world import World, pick_device
 
     config = run.config
-    options = replace(study.evaluation, run=config.out, storage=config.storage, tracking=config.tracking)
+    options = replace(study.evaluation, run=config.out, tracking=config.tracking)
     world = World(device=pick_device(config.launch.device, 0))
-    trained = load_trained(config.out, config.storage, world.device, options.ema_rate)
+    trained = load_trained(config.out, config.storage, world, options.ema_rate)
     flops = trained.meta["train_flops"]
     if flops - flops // trained.step >= budget:
         raise ValueError(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -55,7 +56,8 @@ class Blocks:
                 if first >= count:
                     break
                 number = first + world.rank
-                for block in world.gather(measure(number) if number < count else None):
+                work: Callable[[], Block | None] = partial(measure, number) if number < count else lambda: None
+                for block in world.together(work):
                     # In a larger world, too, what comes after the last one needed is dropped.
                     if world.rank == 0 and block and not enough(self.found):
                         self.found.append(block)

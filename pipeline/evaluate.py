@@ -148,7 +148,7 @@ def check_metrics(text: str, flag: str) -> list[str]:
 
 
 def main(config: EvaluateConfig, world: World) -> None:
-    load = partial(load_trained, storage=config.storage, device=world.device, fuse=config.launch.compile)
+    load = partial(load_trained, storage=config.storage, world=world, fuse=config.launch.compile)
     models = [load(config.run, ema_rate=config.ema_rate, step=config.step)]
     if config.against or config.against_step is not None:
         models.append(load(config.against or config.run, ema_rate=config.ema_rate, step=config.against_step))
@@ -237,9 +237,9 @@ def _image_metrics(
         return features.see(drawn)
 
     blocks.extend(math.ceil(config.samples / config.batch_size), draw, progress="sampling")
+    values = world.alone(lambda: image_metrics(blocks.found, reference, features, wanted, config.neighbours))
     if world.rank != 0:
         return []
-    values = image_metrics(blocks.found, reference, features, wanted, config.neighbours)
     blocks.delete()  # some 12 KB an image
     passport = images | {"reference": reference.digest}
     return [
@@ -250,8 +250,8 @@ def _image_metrics(
 def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[Measured]:
     """What the metrics of images say of real ones in the place of `config.samples` drawn ones: no model does better.
 
-    Validation images where there are so many, else training images, which are nearer since they are a part of the
-    reference: the passport says which. For one process.
+    Validation images where there are so many, else some of the training images, which flatters since they are a part of
+    the reference: the passport says which. ValueError where there are too few. For one process.
     """
     data = Store(config.data or run.data.url, config.storage)
     cache = Cache(run.data.cache_dir, int(run.data.cache_gb * 1e9))
@@ -261,10 +261,15 @@ def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[M
     _, index, features = image_tools(config, run, data, world)
     reference = _reference(config, data, index, features, cache, world)
     try:
-        held_out = _index(data, "val", [run])
-        real = held_out if held_out.num_samples >= config.samples else index
+        real = _index(data, "val", [run])
     except FileNotFoundError:
         real = index
+    if real.num_samples < config.samples:
+        real = index
+    if real is index:
+        wanted = [name for name in wanted if name not in NEAR]  # which compare with these very images
+        if real.num_samples <= config.samples:
+            raise ValueError(f"{data}: has fewer than {config.samples} images besides those to compare with")
     seen = [features.see(images) for images in spread_images(data, real, cache, config.samples)]
     values = image_metrics(seen, reference, features, wanted, config.neighbours)
     n = sum(len(block["features"]) for block in seen)

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -249,6 +250,7 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
         state.load(meta["step"], found[1] if found else None, world)
         if world.rank == 0:
             state.epoch_digests = {int(epoch): digest for epoch, digest in meta["epoch_digests"].items()}
+    found = None  # as large as the state
     steps = horizon_steps(config, state.flops_per_image)
     world.say(
         f"{config.out}: {'resuming at' if meta else 'starting, to'} step {state.step if meta else steps}"
@@ -283,8 +285,8 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
                     writer.check()
                 if world.stop_agreed():
                     _checkpoint(state, run, writer, tracker, index, world)
-                    if writer and tracker:
-                        writer.wait()
+                    world.alone(lambda: writer.wait() if writer else None)
+                    if tracker:
                         run.write(INTERRUPTED, json.dumps({"step": state.step}).encode())
                         tracker.close("KILLED")
                     world.say(f"interrupted at step {state.step}, checkpointed; the same command resumes")
@@ -317,8 +319,8 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
                 if state.step == steps or state.step % config.checkpoint_every == 0:
                     with clock.stopped():
                         _checkpoint(state, run, writer, tracker, index, world)
-        if writer and tracker:
-            writer.wait()
+        world.alone(lambda: writer.wait() if writer else None)
+        if tracker:
             tracker.close("FINISHED")
     world.say(f"finished at step {state.step}: {config.out}")
     return "finished"
@@ -328,7 +330,15 @@ def _open(config: TrainConfig, run: Store, world: World) -> tuple[ShardIndex, tu
     """The dataset and, on rank 0, the newest checkpoint; refuses what does not fit together."""
     data = Store(config.data.url, config.storage)
     index = load_index(data, "train")
-    check_metrics(config.eval_metrics, "--eval-metrics")
+    wanted = set(check_metrics(config.eval_metrics, "--eval-metrics"))
+    if config.eval_every:  # what cannot be measured is better known before hours of training
+        if "nll" in wanted:
+            load_index(data, "val")
+        if wanted - {"nll"} and index.num_classes < 2:
+            raise ValueError(
+                f"--eval-metrics: got {config.eval_metrics}, but the data have no classes, which the network that"
+                " measures images while training learns; take nll, and measure the rest by pipeline.evaluate"
+            )
     model = config.model
     if index.shape != image_shape(config):
         raise ValueError(
@@ -415,6 +425,7 @@ def _checkpoint(
     if not (writer and tracker):
         state.metrics.reset()
         state.epoch_digests = {}
+        world.alone(lambda: None)  # while rank 0 may wait for an upload
         return
     config = state.config
     epochs = sorted({epoch for share in shares for epoch in share})
@@ -435,14 +446,9 @@ def _checkpoint(
         "world_size": world.size,
         "torch": torch.__version__,
     }
-    writer.save(
-        state.step,
-        state.parts(),
-        meta,
-        config.keep_last,
-        config.keep_every,
-        first=lambda: _copy_journal(tracker, run),  # never behind the checkpoint
-    )
+    first = partial(_copy_journal, tracker, run)  # never behind the checkpoint
+    save = partial(writer.save, state.step, state.parts(), meta, config.keep_last, config.keep_every, first)
+    world.alone(save)
 
 
 def _int64(value: int) -> int:

@@ -167,13 +167,15 @@ def trained_features(data: Store, index: ShardIndex, world: World, steps: int = 
         raise ValueError("--features trained: learns to tell the data's classes apart, and there are none")
     network = Classifier(index.shape[0], index.num_classes)
     recipe = hashlib.sha256(f"{network}{steps}".encode()).hexdigest()[:8]
-    name, weights = f"{CACHE}/features-{index.digest}-{recipe}.safetensors", None
-    if world.rank == 0:
+    name = f"{CACHE}/features-{index.digest}-{recipe}.safetensors"
+
+    def weights() -> bytes:
         try:
-            weights = data.read(name)
+            return data.read(name)
         except FileNotFoundError:
-            weights = _keep(data, name, save(_train_classifier(data, index, steps).state_dict()))
-    network.load_state_dict(load(world.broadcast_object(weights)))
+            return _keep(data, name, save(_train_classifier(data, index, steps).state_dict()))
+
+    network.load_state_dict(load(world.alone(weights)))
     network = network.to(world.device).eval().requires_grad_(False)
     return Features(short_name(index), _digest(network), network, world.device)
 

@@ -22,7 +22,7 @@ from iddpm.noise import normal, stream_key
 from iddpm.sampling import Step, ancestral, ddim, ddim_invert, final, slerp
 from iddpm.schedule import respace
 from iddpm.unet import UNet
-from pipeline.checkpoint import Checkpoints
+from pipeline.checkpoint import Checkpoints, Parts, Record
 from pipeline.config import LaunchConfig, TrainConfig, from_record, parse_flags
 from pipeline.storage import StorageConfig, Store, locate
 from pipeline.world import World
@@ -99,7 +99,7 @@ class Recipe:
 def load_trained(
     url: str,
     storage: StorageConfig,
-    device: torch.device,
+    world: World,
     ema_rate: float | None = None,
     step: int | None = None,
     *,
@@ -119,15 +119,23 @@ def load_trained(
     if rate not in (0, *rates):
         raise ValueError(f"--ema-rate: got {rate}, the run has {', '.join(map(str, rates))}, or 0 for the weights")
     part = ema_part(rate) if rate else "model"
-    found = checkpoints.newest(parts=(part,), step=step)
-    assert found, "there are records"
-    record, parts = found
+    found: list[tuple[Record, Parts] | None] = []
+
+    def newest() -> int:
+        found.append(checkpoints.newest(parts=(part,), step=step))
+        assert found[0], "there are records"
+        return found[0][0].step
+
+    chosen = world.alone(newest)  # by rank 0, for all: another may be committed just now
+    own = found[0] if found else checkpoints.newest(parts=(part,), step=chosen)
+    assert own
+    record, parts = own
     config = from_record(record.meta["config"])
     model = build_model(config)
     model.load_state_dict(parts[part])
     if fuse:
         model.fuse()
-    return Trained(config, record.step, record.meta, rate, model.to(device).eval())
+    return Trained(config, record.step, record.meta, rate, model.to(world.device).eval())
 
 
 def build_model(config: TrainConfig) -> UNet:
@@ -365,9 +373,7 @@ class SampleConfig:
 
 
 def main(config: SampleConfig, world: World) -> None:
-    trained = load_trained(
-        config.run, config.storage, world.device, config.ema_rate, config.step, fuse=config.launch.compile
-    )
+    trained = load_trained(config.run, config.storage, world, config.ema_rate, config.step, fuse=config.launch.compile)
     run = trained.config
     steps = run.sample_steps if config.steps is None else config.steps
     recipe = Recipe("ddim" if config.between else config.sampler, steps, config.eta, config.seed)

@@ -77,6 +77,11 @@ class Store:
         self.url = os.fspath(url).rstrip("/") or "/"
         self.config = config
         self._backend: _Local | _S3 | _Fsspec
+        if mask(self.url) != self.url:
+            raise ValueError(
+                f"storage URL: {mask(self.url)} carries credentials, which would be recorded; give them by"
+                " the environment or the backend's own configuration"
+            )
         scheme, _, rest = os.fspath(url).rpartition("://")
         if scheme in ("", "file", "local"):
             self._backend = _Local(Path(rest).expanduser())

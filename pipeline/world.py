@@ -11,11 +11,13 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,8 @@ import torch.distributed as dist
 from pipeline.checkpoint import StaleAttempt
 from pipeline.config import LaunchConfig
 from pipeline.liveness import CONFESSED, Liveness, listen
+
+T = TypeVar("T")
 
 INTERRUPTED_STATUS = 75
 """Exit status after a signal and a checkpoint: the same command resumes (BSD's EX_TEMPFAIL)."""
@@ -125,6 +129,31 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._control)
         return values
+
+    def together(self, call: Callable[[], T]) -> list[T]:
+        """What each rank's `call` returns, on every rank, however long it takes: no rank waits in silence for another,
+        which it would give up. `call` runs in a thread of its own and must not talk to the other ranks.
+        """
+        if self.size == 1:
+            return [call()]
+        result: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                result.set_result(call())
+            except BaseException as error:
+                result.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        while True:
+            done = bool(wait([result], timeout=1.0).done)
+            value = result.result() if done else None  # raises at once what the call raised
+            if all(self.gather(done)):
+                return self.gather(value)
+
+    def alone(self, call: Callable[[], T]) -> T:
+        """What `call` returns on rank 0, on every rank, likewise."""
+        return self.together(lambda: call() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     def start_gather(self, shares: torch.Tensor, n: int) -> "Gather":
         """Begin to collect each rank's `share(n)` of a device tensor [n]; never blocks the host."""
@@ -285,6 +314,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         raise ValueError(f"local rank {local_rank} has no GPU: this node shows {count}; start as many workers")
     device = torch.device("cuda", local_rank % count)
     torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, as in peak_flops; who wants speed takes bf16
     return device
 
 

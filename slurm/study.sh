@@ -2,7 +2,7 @@
 # One run of a scaling study for each task of an array. The usual way to submit it, with what is not done yet:
 #   python -m jobs.study run studies/imagenet64.yaml --launcher slurm     (docs/slurm.md)
 # and by hand:
-#   sbatch --array=0-3 slurm/study.sh studies/imagenet64.yaml
+#   sbatch --array=0-19 slurm/study.sh studies/imagenet64.yaml     (numbers of runs, from 0: 4 sizes at 5 budgets)
 
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1          # several GPUs to a run: as many here

@@ -35,7 +35,7 @@ def test_converted_weights_are_sampled_and_evaluated(digits: str, tmp_path: Path
     config = tiny(digits, tmp_path / "run")
     convert(path, config)
     for rate in (None, 0.0):
-        trained = load_trained(config.out, StorageConfig(), torch.device("cpu"), rate)
+        trained = load_trained(config.out, StorageConfig(), World(), rate)
         assert isinstance(trained.model, UNet)
         for name, tensor in model.state_dict().items():
             assert torch.equal(trained.model.state_dict()[name], tensor), name

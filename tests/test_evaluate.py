@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from conftest import tiny
 from ranks import Ranks, in_world
 
 from pipeline import blocks, evaluate
-from pipeline.evaluate import EvaluateConfig, main, measure
+from pipeline.config import TrainConfig
+from pipeline.evaluate import EvaluateConfig, main, measure, real_floor
 from pipeline.loop import train
 from pipeline.metrics import Features, moments_npz
 from pipeline.passport import Measured
 from pipeline.sample import draw_batches, load_trained
-from pipeline.storage import Store
+from pipeline.storage import StorageConfig, Store
 from pipeline.tracking import fetch_journal, read_journal
 from pipeline.world import World
 
@@ -32,7 +34,7 @@ def evaluations(run: str | Path) -> list[dict[str, Any]]:
 
 
 def measured(world: World, config: EvaluateConfig) -> list[Measured]:
-    trained = load_trained(config.run, config.storage, world.device, config.ema_rate, config.step)
+    trained = load_trained(config.run, config.storage, world, config.ema_rate, config.step)
     return measure([trained], config, world, keep=True)
 
 
@@ -128,6 +130,32 @@ def test_training_evaluates_and_is_not_changed_by_it(digits: str, tmp_path: Path
     assert plain == evaluated
     with pytest.raises(ValueError, match="--eval-metrics: got 'fidd'"):
         train(tiny(digits, tmp_path / "b", "--eval-metrics", "fidd"), World())
+
+
+def test_what_training_cannot_measure_is_refused_at_its_start(digits: str, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "train-only", ignore=shutil.ignore_patterns("val*"))
+    flags = ("--eval-every", "8")
+    with pytest.raises(FileNotFoundError, match="no 'val' dataset"):
+        train(tiny(str(tmp_path / "train-only"), tmp_path / "out", *flags), World())
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_real_images_get(small_run: str, digits: str, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "train-only", ignore=shutil.ignore_patterns("val*"))
+    run, config = trained_config(small_run), images_config(small_run, samples=300)
+    held_out = {value.name: value for value in real_floor(config, run, World())}
+    assert held_out.keys() == {"fd_digits", "kd_digits", "recall_digits"}
+    assert held_out["fd_digits"].passport["real"] == "val"
+    # Training images are a part of the reference: nearer, and no use where metrics compare with these very images.
+    (part,) = real_floor(replace(config, data=str(tmp_path / "train-only")), run, World())
+    assert (part.name, part.passport["real"], part.passport["n"]) == ("fd_digits", "train", 300)
+    assert 0 < part.value < held_out["fd_digits"].value
+    with pytest.raises(ValueError, match="has fewer than 5000 images besides"):
+        real_floor(replace(config, samples=5000), run, World())
+
+
+def trained_config(run: str) -> TrainConfig:
+    return load_trained(run, StorageConfig(), World()).config
 
 
 def images_config(run: str, **options: Any) -> EvaluateConfig:

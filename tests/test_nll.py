@@ -22,12 +22,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def trained(small_run: str) -> Trained:
-    return load_trained(small_run, StorageConfig(), CPU)
+    return load_trained(small_run, StorageConfig(), World())
 
 
 @pytest.fixture(scope="module")
 def early(small_run: str) -> Trained:
-    return load_trained(small_run, StorageConfig(), CPU, step=20)
+    return load_trained(small_run, StorageConfig(), World(), step=20)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_any_number_of_ranks_measures_the_same(small_run: str, digits: str, tmp_
 def _measure(world: World, run: str, digits: str, folder: str, options: dict[str, Any]) -> None:
     store = Store(digits)
     reader = Reader(store, load_index(store, "val"))
-    model = load_trained(run, StorageConfig(), CPU)
+    model = load_trained(run, StorageConfig(), World())
     nll = measured(reader, model, world=world, **{"images": 70, "images_per_call": 8, **options})
     torch.save({"total": nll.total, "prior": nll.prior}, f"{folder}/{world.size}-{world.rank}.pt")
 
@@ -147,7 +147,7 @@ def test_models_of_different_t_share_no_timesteps(val: Reader, trained: Trained,
 
     train(tiny(digits, tmp_path, "--diffusion.timesteps", "21", "--horizon", "1steps"), World())
     with pytest.raises(ValueError, match=r"differ in --diffusion\.timesteps"):
-        measured(val, trained, load_trained(str(tmp_path), StorageConfig(), CPU), images=4)
+        measured(val, trained, load_trained(str(tmp_path), StorageConfig(), World()), images=4)
 
 
 def test_shorter_chains_have_bounds_of_their_own(val: Reader, trained: Trained) -> None:

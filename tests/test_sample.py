@@ -22,7 +22,7 @@ ANCESTRAL, DDIM = Recipe("ancestral", 5, 0.0, 3), Recipe("ddim", 5, 0.0, 3)
 
 @pytest.fixture(scope="module")
 def trained(small_run: str) -> Trained:
-    return load_trained(small_run, StorageConfig(), CPU)
+    return load_trained(small_run, StorageConfig(), World())
 
 
 def drawn(trained: Trained, recipe: Recipe, count: int = 10, **options: Any) -> torch.Tensor:

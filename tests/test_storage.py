@@ -99,7 +99,7 @@ def test_url_forms(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Store("x").read("k") == b"1"
     assert Store("x/").child("y").url == "x/y"
-    for url in ("s3://", "s3://key:pass@bucket/x", "nosuchscheme://x"):
+    for url in ("s3://", "s3://key:pass@bucket/x", "ftp://user:pass@host/x", "nosuchscheme://x"):
         with pytest.raises(ValueError, match="storage URL") as caught:
             Store(url)
         assert "pass" not in str(caught.value)

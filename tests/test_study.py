@@ -55,6 +55,10 @@ def test_the_runs_of_a_study_file(tmp_path: Path) -> None:
     assert len({run.config.seed for run in runs if run.value == "32"}) == 4  # budgets are independent
     assert runs[-1].config.lr == pytest.approx(1e-3 / math.sqrt(64 / 128))
     assert runs[-1].config.model == UNetConfig(8, 1, 64, (1,), 1, ())
+    train = {"launch": {"device": "cpu"}, "storage": {"endpoint_url": "http://127.0.0.1:8333"}}
+    elsewhere = load_study(study_file(tmp_path, train))
+    assert elsewhere.runs[0].config.launch.device == "cpu"  # as in a --config file
+    assert elsewhere.evaluation.storage == elsewhere.runs[0].config.storage
     long = load_study(study_file(tmp_path, separate=False)).runs
     assert [(run.name, run.budgets) for run in long] == [("32-0", (1e10, 2e10)), ("64-0", (1e10, 2e10))]
     wider = load_study(study_file(tmp_path, axis="model.channel_mult", values=["1", "1 2"])).runs

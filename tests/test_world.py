@@ -17,7 +17,7 @@ from pipeline.data import load_index, stream
 from pipeline.loop import INTERRUPTED, TrainState, train, train_step
 from pipeline.storage import Store
 from pipeline.tracking import read_journal
-from pipeline.world import World, _first_host, _tasks_per_node, connect, detect_launcher, pick_device
+from pipeline.world import World, _first_host, _tasks_per_node, connect, detect_launcher, pick_device, run_main
 
 # ------------------------------------------------------------------------------------- one process
 
@@ -296,6 +296,22 @@ def test_a_stuck_training_thread_is_ended(tmp_path: Path) -> None:
     with Ranks(2, tmp_path / "log", in_world, hang) as ranks:
         assert ranks.join(60) == [1, 3]
         assert "error: rank 1 died; this rank is blocked" in ranks.said(0)
+
+
+def work_long(world: World) -> None:
+    """Rank 0 is busy for longer than the others wait for a rank that is silent; then rank 1 fails at its own work."""
+    assert world.alone(lambda: time.sleep(6) or "found") == "found"
+    assert world.together(lambda: world.rank) == [0, 1]
+    print("all is well")
+    world.together(lambda: 1 // (1 - world.rank))
+
+
+def test_ranks_wait_for_one_that_works_and_learn_when_it_fails(tmp_path: Path) -> None:
+    with Ranks(2, tmp_path, run_main, work_long, LaunchConfig(timeout_s=3)) as ranks:
+        assert ranks.join(60) == [1, 1]
+        assert "all is well" in ranks.said(0)
+        assert "rank 1 failed" in ranks.said(0)
+        assert "ZeroDivisionError" in ranks.said(1)
 
 
 def spoil(world: World, config: TrainConfig) -> None:
