@@ -140,6 +140,8 @@ class World:
 
         def work() -> None:
             try:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)  # which is each thread's own
                 result.set_result(call())
             except BaseException as error:
                 result.set_exception(error)
