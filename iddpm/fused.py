@@ -20,7 +20,16 @@ def fused_norm_act(
 
     Sums are in float32, or x's dtype where that is wider; the result has x's dtype. The first call compiles.
     """
-    return _FusedNormAct.apply(x, groups, weight, bias, eps, scale, shift)
+    if torch.is_grad_enabled():
+        return _FusedNormAct.apply(x, groups, weight, bias, eps, scale, shift)
+    return _forward(x, groups, weight, bias, eps, scale, shift)[0]
+
+
+def _forward(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, ...]:
+    y, *more = _compiled(_norm_act)(_pixels(x), groups, weight[:], bias[:], eps, _flat(scale), _flat(shift))
+    return _like(x, y), *more
 
 
 class _FusedNormAct(torch.autograd.Function):
@@ -40,11 +49,10 @@ class _FusedNormAct(torch.autograd.Function):
         scale: Tensor | None,
         shift: Tensor | None,
     ) -> Tensor:
-        pixels = _pixels(x)
-        a, b, mean, rstd = _compiled(_coefficients)(pixels, groups, weight[:], bias[:], eps, _flat(scale), _flat(shift))
-        ctx.save_for_backward(x, a, b, mean, rstd, weight, bias, scale)
+        y, *coefficients = _forward(x, groups, weight, bias, eps, scale, shift)
+        ctx.save_for_backward(x, *coefficients, weight, bias, scale)
         ctx.groups = groups
-        return _like(x, _compiled(_affine_silu)(pixels, a, b))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,26 +83,23 @@ def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
 # else [N, C] in the sums' dtype.
 
 
-def _coefficients(
+def _norm_act(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """a, b, and the mean and 1/deviation of each channel's group."""
-    x = _wide(x)
-    first = x[:, :1]  # moments about the first pixel, so that a large mean costs no digits
-    about = (x - first).mean(1)
+    """y, a, b, and the mean and 1/deviation of each channel's group."""
+    wide = _wide(x)
+    first = wide[:, :1]  # moments about the first pixel, so that a large mean costs no digits
+    about = (wide - first).mean(1)
     channel_mean = about + first[:, 0]
-    channel_var = (x - first).square().mean(1) - about.square()
+    channel_var = (wide - first).square().mean(1) - about.square()
     mean = _over_groups(channel_mean, groups)
     rstd = (_over_groups(channel_var + (channel_mean - mean).square(), groups) + eps).rsqrt()
     factor = 1 if scale is None else 1 + scale.to(mean.dtype)
     a = rstd * weight * factor
     b = bias * factor - mean * a
-    return a, b if shift is None else b + shift, mean, rstd
-
-
-def _affine_silu(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    z = _wide(x) * a[:, None] + b[:, None]
-    return (z * z.sigmoid()).to(x.dtype)
+    b = b if shift is None else b + shift
+    z = wide * a[:, None] + b[:, None]
+    return (z * z.sigmoid()).to(x.dtype), a, b, mean, rstd
 
 
 def _gradient_sums(
