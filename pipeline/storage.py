@@ -86,8 +86,8 @@ class Store:
         if scheme in ("", "file", "local"):
             self._backend = _Local(Path(rest).expanduser())
         elif scheme in ("s3", "s3a"):
-            if not rest.split("/")[0] or "@" in rest.split("/")[0]:
-                raise ValueError(f"storage URL: got {mask(self.url)!r}, expected s3://bucket/prefix")
+            if not rest.split("/")[0]:
+                raise ValueError(f"storage URL: got {self.url!r}, expected s3://bucket/prefix")
             self._backend = _S3(rest.rstrip("/"), config)
         else:
             self._backend = _Fsspec(self.url)
