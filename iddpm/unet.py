@@ -236,11 +236,11 @@ class UNet(nn.Module):
             return stage(h, emb)
         return checkpoint(stage, h, emb, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
 
-    def fuse(self) -> None:
+    def fuse(self, fused: bool = True) -> None:
         """Have what lies between the convolutions compiled when it first runs: a few kernels for all blocks."""
         for module in self.modules():
             if isinstance(module, NormAct):
-                module.fused = True
+                module.fused = fused
 
 
 def _zero(layer: nn.Module) -> None:

@@ -99,7 +99,8 @@ class TrainConfig:
     batch_size: int = 128
     """Images a step, over all ranks."""
     microbatch: int | None = None
-    """Largest number of images in one forward pass on one rank; default: the rank's whole share of the batch."""
+    """Most images in one forward pass on one rank; default: its whole share of the batch, and when it draws or
+    evaluates what `pipeline.evaluate` takes."""
     lr: float = 1e-4
     """AdamW's learning rate."""
     weight_decay: float = 0.0

@@ -14,7 +14,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP/s of a large matrix product in this precision, measured here: the limit that utilisation refers to."""
     n = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(n, n, dtype=DTYPES[precision], device=device)
+    a = torch.randn(n, n, device=device).to(DTYPES[precision])
     _synchronize(device)
     best, end = 0.0, time.perf_counter() + 0.3  # clocks take their time to rise
     while (start := time.perf_counter()) < end:
@@ -30,7 +30,11 @@ def memory_bytes(config: TrainConfig, share: int) -> dict[str, int]:
     """
     with torch.device("meta"):
         model = UNet(config.model, config.diffusion.out_channels(config.model.in_channels))
-        weights = sum(p.numel() for p in model.parameters()) * (8 if config.precision == "fp64" else 4)
+        model.to(DTYPES[config.precision])
+        if config.launch.compile:
+            model.fuse()
+        count = sum(p.numel() for p in model.parameters())
+        weights = count * (8 if config.precision == "fp64" else 4)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         sizes: dict[int, int] = {}
 
@@ -48,7 +52,8 @@ def memory_bytes(config: TrainConfig, share: int) -> dict[str, int]:
 
         for stage in (*model.input_blocks, model.middle_block, *model.output_blocks):
             stage.register_forward_pre_hook(enter)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.compiler.set_stance("force_eager"):  # what is fused saves little, compiled or not
             output = model(image, torch.empty(1), label)
         activations = sum(sizes.values())
         if config.launch.checkpoint_activations:  # all inputs, and one stage at a time
@@ -56,11 +61,11 @@ def memory_bytes(config: TrainConfig, share: int) -> dict[str, int]:
             activations = sum(size for size, _ in stages) + max(b - a for a, b in pairwise(saved))
         del output
     return {
-        "weights": weights,
+        "weights": weights + (2 * count if config.precision == "bf16" else 0),  # autocast's copies
         "gradients": weights,
         "Adam": 2 * weights,
         "EMA": len(config.ema_rates) * weights,
-        "activations": activations * share * {"bf16": 1, "fp32": 2, "fp64": 4}[config.precision] // 2,
+        "activations": activations * share,
     }
 
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -51,8 +52,7 @@ class TrainState:
         self.diffusion = Diffusion(config.diffusion, device=world.device)
         self.model = build_model(config).to(world.device)
         self.model.checkpoint_activations = config.launch.checkpoint_activations
-        if config.launch.compile:
-            self.model.fuse()
+        self.model.fuse(config.launch.compile)
         self.params = dict(self.model.named_parameters())
         # What is differentiated: DDP averages the gradients over the ranks.
         self.network: nn.Module = self.model
@@ -225,7 +225,8 @@ def to_device(batch: Batch, index: Tensor, config: TrainConfig, device: torch.de
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
     if config.model.num_classes is None:
         return x, None
-    return x, batch.labels.to(device, non_blocking=True)
+    labels = batch.labels.pin_memory() if device.type == "cuda" else batch.labels
+    return x, labels.to(device, non_blocking=True)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -458,11 +459,10 @@ def _int64(value: int) -> int:
 
 @contextmanager
 def _average(state: TrainState) -> Iterator[Model]:
-    """The model with the first moving average, not training; not compiled either, which other shapes would redo."""
-    state.model.eval()
-    with torch.compiler.set_stance("force_eager"):
-        yield with_weights(state.model, state.ema.weights(state.config.ema_rates[0]))
-    state.model.train()
+    """The model with the first moving average, not training; nor compiled, which would begin anew for other shapes."""
+    state.model.eval().fuse(False)
+    yield with_weights(state.model, state.ema.weights(state.config.ema_rates[0]))
+    state.model.train().fuse(state.config.launch.compile)
 
 
 def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: World) -> None:
@@ -470,7 +470,7 @@ def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: Wo
     config = state.config
     recipe = Recipe("ancestral", config.sample_steps, 0.0, config.seed)
     with _average(state) as model:
-        images = draw(model, config, recipe, config.sample_count, world)
+        images = draw(model, config, recipe, config.sample_count, world, batch_size=config.microbatch or 64)
     if tracker and images is not None:
         png = grid_png(images)
         path = tracker.image(state.step, "samples", png)
@@ -489,6 +489,9 @@ def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:
         features="trained",
         storage=config.storage,
     )
+    if config.microbatch:  # what fits, here as well
+        calls = max(1, config.microbatch // (plan.draws + 1))
+        plan = replace(plan, images_per_call=calls, batch_size=config.microbatch)
     with _average(state) as model:
         trained = Trained(config, state.step, {"train_flops": state.flops}, config.ema_rates[0], model)
         found = measure([trained], plan, world, keep=False)

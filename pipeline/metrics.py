@@ -264,11 +264,16 @@ class Moments:
 def moments_of(batches: Batches, features: Features, world: World) -> Moments:
     """Of the features of all ranks' images, on every rank."""
     moments: Moments | None = None
-    for images in batches:
-        found = features.see(images)["features"]
-        moments = moments or Moments.zero(found.shape[1], features.device)
-        moments.add(found)
-    size = max(world.gather(len(moments.total) if moments else 0))
+
+    def own() -> int:
+        nonlocal moments
+        for images in batches:
+            found = features.see(images)["features"]
+            moments = moments or Moments.zero(found.shape[1], features.device)
+            moments.add(found)
+        return len(moments.total) if moments else 0
+
+    size = max(world.together(own))
     moments = moments or Moments.zero(size, features.device)  # a rank may have no image
     moments.sum_ranks(world)
     return moments
@@ -423,11 +428,11 @@ def image_metrics(
     if wanted & NEAR:
         assert reference.images, "was asked for before anything was drawn"
         real = torch.cat([features.see(images)["features"] for images in reference.images(len(rows))])
-    return found | feature_metrics(rows, logits, real, wanted, k)
+    return found | feature_metrics(rows, logits, real, wanted, k, features.device)
 
 
 def feature_metrics(
-    drawn: Tensor, logits: Tensor, real: Tensor | None, wanted: set[str], k: int
+    drawn: Tensor, logits: Tensor, real: Tensor | None, wanted: set[str], k: int, device: torch.device
 ) -> dict[str, tuple[float, dict[str, Any]]]:
     """The metrics that want more than moments, by torch-fidelity: features [N, D], logits [N, K], real [M, D]."""
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -446,6 +451,8 @@ def feature_metrics(
     if real is not None and wanted & {"precision", "recall"}:
         if not 1 <= k < min(len(drawn), len(real)):
             raise ValueError(f"--neighbours: got {k}, expected 1 to {min(len(drawn), len(real)) - 1} of the images")
-        both = prc_features_to_metric(drawn, real, prc_neighborhood=k, save_cpu_ram=True, verbose=False)
+        both = prc_features_to_metric(
+            drawn.to(device), real.to(device), prc_neighborhood=k, save_cpu_ram=True, verbose=False
+        )
         found |= {name: (both[name], {"k": k, "real": len(real)}) for name in ("precision", "recall") if name in wanted}
     return found

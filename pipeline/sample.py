@@ -223,12 +223,17 @@ def draw(
         batch_size=batch_size,
         progress=progress and world.rank == 0,
     )
-    return _collect([batch.cpu() for batch in batches], world)
+    return _collect((batch.cpu() for batch in batches), world)
 
 
-def _collect(mine: list[Tensor], world: World) -> Tensor | None:
+def _collect(mine: Iterator[Tensor], world: World) -> Tensor | None:
     """The ranks' images in their order, on rank 0."""
-    shares = world.gather(torch.cat(mine) if mine else None)
+
+    def own() -> Tensor | None:
+        drawn = list(mine)
+        return torch.cat(drawn) if drawn else None
+
+    shares = world.together(own)
     return torch.cat([share for share in shares if share is not None]) if world.rank == 0 else None
 
 
@@ -267,14 +272,14 @@ def interpolate(
         x = torch.from_numpy(_read_image(end, trained.shape)).to(device, trained.dtype)[None] / 127.5 - 1
         return final(ddim_invert(trained.model, chain, x, y))
 
-    with autocast(device, config.precision):
-        a, b = map(latent, ends)
-        lo, hi = world.share(count)
-        images = []
-        for i in range(lo, hi):
-            x_T = slerp(a, b, i / max(count - 1, 1))
-            images.append(to_uint8(final(ddim(trained.model, chain, x_T, y=y))).cpu())
-    return _collect(images, world)
+    def images() -> Iterator[Tensor]:
+        with autocast(device, config.precision):
+            a, b = map(latent, ends)
+            for i in range(*world.share(count)):
+                x_T = slerp(a, b, i / max(count - 1, 1))
+                yield to_uint8(final(ddim(trained.model, chain, x_T, y=y))).cpu()
+
+    return _collect(images(), world)
 
 
 def _read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from pipeline.config import LaunchConfig
 from pipeline.liveness import CONFESSED, Liveness, listen
 
 T = TypeVar("T")
+Job = tuple["Future[Any]", Callable[[], Any]]
 
 INTERRUPTED_STATUS = 75
 """Exit status after a signal and a checkpoint: the same command resumes (BSD's EX_TEMPFAIL)."""
@@ -77,6 +79,9 @@ class World:
         self._pending: tuple[Any, torch.Tensor] | None = None
         self._first = True  # to fail
         self._liveness: Liveness | None = None
+        self._jobs: SimpleQueue[Job] | None = None
+        if self.device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, as in peak_flops; who wants speed takes bf16
         if self.size > 1:
             self._control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
             self._losses: Any = dist.new_group(timeout=_patience(self.timeout_s, self.device))
@@ -132,21 +137,15 @@ class World:
 
     def together(self, call: Callable[[], T]) -> list[T]:
         """What each rank's `call` returns, on every rank, however long it takes: no rank waits in silence for another,
-        which it would give up. `call` runs in a thread of its own and must not talk to the other ranks.
+        which it would give up. `call` runs in another thread and must not talk to the other ranks.
         """
         if self.size == 1:
             return [call()]
+        if self._jobs is None:  # one thread for all calls: cuDNN keeps what it has planned for each thread
+            self._jobs = SimpleQueue()
+            threading.Thread(target=_work, args=(self._jobs, self.device), daemon=True).start()
         result: Future[T] = Future()
-
-        def work() -> None:
-            try:
-                if self.device.type == "cuda":
-                    torch.cuda.set_device(self.device)  # which is each thread's own
-                result.set_result(call())
-            except BaseException as error:
-                result.set_exception(error)
-
-        threading.Thread(target=work, daemon=True).start()
+        self._jobs.put((result, call))
         while True:
             done = bool(wait([result], timeout=1.0).done)
             value = result.result() if done else None  # raises at once what the call raised
@@ -299,6 +298,18 @@ def join(config: LaunchConfig, rank: int, size: int, device: torch.device) -> No
     )
 
 
+def _work(jobs: "SimpleQueue[Job]", device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # which is each thread's own
+    while True:
+        result, call = jobs.get()
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+        del result, call  # and what they hold
+
+
 def _patience(timeout_s: float, device: torch.device) -> timedelta:
     # NCCL's own time-out aborts the process without naming anyone: let the others come first.
     return timedelta(seconds=timeout_s + (60 if device.type == "cuda" else 0))
@@ -312,11 +323,10 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     # A launcher may show each task one GPU of its own (srun --gpus-per-task), or all of the node's.
     count = torch.cuda.device_count()
-    if local_rank >= count > 1:
+    if local_rank >= count and (count > 1 or "CUDA_VISIBLE_DEVICES" not in os.environ):
         raise ValueError(f"local rank {local_rank} has no GPU: this node shows {count}; start as many workers")
     device = torch.device("cuda", local_rank % count)
     torch.cuda.set_device(device)
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, as in peak_flops; who wants speed takes bf16
     return device
 
 

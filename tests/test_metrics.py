@@ -87,7 +87,7 @@ def test_streaming_moments_are_numpys_for_any_batches() -> None:
 def test_the_others_equal_torch_fidelitys_on_given_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "KID_SUBSET", 200)
     a, b, logits = features(300, 0), features(280, 1) + 0.2, features(300, 3)
-    got = feature_metrics(a, logits, b, {"is", "kid", "precision", "recall"}, 5)
+    got = feature_metrics(a, logits, b, {"is", "kid", "precision", "recall"}, 5, CPU)
     near = prc_features_to_metric(a, b, prc_neighborhood=5, verbose=False)
     expected = {
         "is": isc_features_to_metric(logits)["inception_score_mean"],
@@ -99,11 +99,11 @@ def test_the_others_equal_torch_fidelitys_on_given_features(monkeypatch: pytest.
     assert 0 < near["precision"] < 1
     assert got["kid"][1] == {"subset": 200}
     assert got["recall"][1] == {"k": 5, "real": 280}
-    assert feature_metrics(a[:80], logits[:80], b, {"kid"}, 5)["kid"][1] == {"subset": 80}
+    assert feature_metrics(a[:80], logits[:80], b, {"kid"}, 5, CPU)["kid"][1] == {"subset": 80}
     with pytest.raises(ValueError, match="expected 1 to 4"):
-        feature_metrics(a[:5], logits[:5], b, {"precision"}, 5)
+        feature_metrics(a[:5], logits[:5], b, {"precision"}, 5, CPU)
     with pytest.raises(ValueError, match="no logits"):
-        feature_metrics(a, logits[:, :0], b, {"is"}, 5)
+        feature_metrics(a, logits[:, :0], b, {"is"}, 5, CPU)
 
 
 # ------------------------------------------------------------------------------- inception's weights
