@@ -28,22 +28,3 @@ class EMA:
     def weights(self, rate: float) -> dict[str, Tensor]:
         """The average at that rate, by name: the tensors themselves, which the next update changes."""
         return self._averages[rate]
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The averages by rate, written as a string, and name."""
-        return {str(rate): dict(average) for rate, average in self._averages.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Copies a state in. ValueError where a rate, a name or a shape differs."""
-        own = self.state_dict()
-        if state.keys() != own.keys():
-            raise ValueError(f"ema rates: got {sorted(state)}, expected {sorted(own)}")
-        for rate, average in own.items():
-            got = {name: tensor.shape for name, tensor in state[rate].items()}
-            expected = {name: tensor.shape for name, tensor in average.items()}
-            if got != expected:
-                differ = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
-                raise ValueError(f"ema weights at rate {rate}: names or shapes differ from the model's: {differ}")
-            for name, tensor in average.items():
-                tensor.copy_(state[rate][name])

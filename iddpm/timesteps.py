@@ -27,10 +27,6 @@ class UniformSampler:
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """ValueError unless the state is empty, as this sampler's is."""
-        _check_state({}, state)
-
 
 class LossSecondMomentSampler:
     """Importance sampling of L_vlb: p_t in proportion to the root mean square of t's losses (IDDPM eq. 18).
@@ -106,13 +102,8 @@ class LossSecondMomentSampler:
         return mix64(bits ^ mix64(torch.arange(len(bits), device=bits.device))).sum()
 
     def state_dict(self) -> dict[str, Tensor]:
+        """float64 history [T, history] and int64 counts [T]: the live tensors, into which a saved state is copied."""
         return {"history": self.history, "counts": self.counts}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """ValueError where a name or a shape differs from this sampler's."""
-        _check_state(self.state_dict(), state)
-        self.history = state["history"].to(self.history)
-        self.counts = state["counts"].to(self.counts)
 
 
 TimestepSampler = UniformSampler | LossSecondMomentSampler
@@ -127,10 +118,3 @@ def make_sampler(
     if name == "loss-second-moment":
         return LossSecondMomentSampler(num_timesteps, device=device)
     raise ValueError(f"timestep sampler: got {name!r}, expected uniform or loss-second-moment")
-
-
-def _check_state(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if got != expected:
-        raise ValueError(f"timestep sampler's state: got {got}, expected {expected}; was it saved with other settings?")

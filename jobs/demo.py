@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipeline.storage import mask
+
 RUN = "runs/demo"
 STEPS = (500, 1000, 3000)
 IMAGES = 32  # validation images for the exact bits/dim, which evaluates the network at every timestep
@@ -29,12 +31,14 @@ def main() -> None:
     run("pipeline.sample", RUN, "--out", f"{RUN}/grid.png", "--steps", "250")
     run("jobs.curves", f"{RUN}/curves.png", RUN)
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
     print(
         f"\nOpen   {Path(RUN).resolve()}/grid.png       64 digits that never were"
         f"\n       {Path(RUN).resolve()}/curves.png     how the losses fell"
-        f"\nCompare runs with   {Path(sys.executable).parent}/mlflow ui --backend-store-uri {uri}"
-        f"\n                    and open http://127.0.0.1:5000"
+        f"\nCompare runs        in MLflow at {mask(uri)}"
+        if uri
+        else f"\nCompare runs with   {Path(sys.executable).parent}/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+        "\n                    and open http://127.0.0.1:5000"
     )
 
 

@@ -98,10 +98,12 @@ class Study:
     @cached_property
     def evaluation(self) -> "EvaluateConfig":
         """How each point is measured, but for the run."""
-        from pipeline.evaluate import EvaluateConfig, check_metrics
+        from pipeline.evaluate import EvaluateConfig
 
         options = parse_flags(EvaluateConfig, [self.name, *self.evaluate], "The study's `evaluate:` section.")
-        if set(check_metrics(options.metrics, "evaluate.metrics")) - {"nll", "fid", "kid"}:
+        if any(mask(flag) != flag for flag in self.evaluate):
+            fail_usage(ValueError("evaluate: an address there carries credentials, which would be recorded"))
+        if options.wanted - {"nll", "fid", "kid"}:
             fail_usage(ValueError(f"evaluate.metrics: got {options.metrics!r}, expected some of nll, fid, kid"))
         return replace(options, storage=self.runs[0].config.storage)
 
@@ -210,7 +212,7 @@ class Plan(OfStudy):
     hardware: str = "h100"
     """Device: a100, h100, h200, or `here` to measure this machine's peak."""
     utilisation: float | None = None
-    """Part of the peak that training reaches; default: what this study's runs have reached, else 0.3."""
+    """Part of the peak that training reaches; default: 0.3, or with `here` what this study's runs have reached."""
     price: float | None = None
     """USD for a device and hour; default: a usual one for the hardware, 0 here."""
 
@@ -295,7 +297,7 @@ def _speed(options: Plan, study: Study) -> tuple[float, float, str]:
         record["metrics"]["compute/utilization"]
         for run in study.runs
         for record in journal(run)
-        if record["kind"] == "metrics"
+        if record["kind"] == "metrics" and options.hardware == "here"  # is relative to the peak measured there
     ]
     utilisation = options.utilisation or (statistics.median(seen) if seen else 0.3)
     how = "as given" if options.utilisation else "as measured" if seen else "assumed"
@@ -308,7 +310,7 @@ def _training_images(study: Study) -> int | None:
     config = study.runs[0].config
     try:
         return load_index(Store(config.data.url, config.storage), "train").num_samples
-    except (OSError, ValueError):
+    except OSError:
         print(f"(no data at {config.data.url} yet: epochs are unknown)")
         return None
 
@@ -433,13 +435,13 @@ def _prepare(study: Study) -> None:
     """What must be there before many runs start at once, or no run needs to: the data, what images are measured by,
     the MLflow database, the runs' parent.
     """
-    from pipeline.evaluate import check_metrics, image_tools
+    from pipeline.evaluate import image_tools
     from pipeline.world import World
 
     config, options = study.runs[0].config, study.evaluation
     study.store.check(write=True)
     provide_digits(config)
-    if set(check_metrics(options.metrics, "")) - {"nll"}:
+    if options.wanted - {"nll"}:
         image_tools(options, config, Store(options.data or config.data.url, config.storage), World())
     tracking = config.tracking
     if tracking.uri == "none":
@@ -454,11 +456,14 @@ def _prepare(study: Study) -> None:
 
 def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
     """Train a run to each of its budgets in turn, and measure it there."""
-    children = Children()
     for budget in missing(study, run):
+        children = Children()
         if status := children.run([*prefix, *run.command(budget)]):
             # srun kills the tasks that leave last, and their status hides the others'.
             return INTERRUPTED if status > 128 and was_interrupted(run.config) else status
+        children.let_go()
+        if children.stop:
+            return INTERRUPTED
         measure(study, run, budget)
     return 0
 
@@ -487,6 +492,11 @@ class Children:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._end)
 
+    def let_go(self) -> None:
+        """From now on a signal ends this process, as any other."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+
     def _end(self, number: int, _: object) -> None:
         self.stop = True
         for process in list(self.running):
@@ -510,7 +520,6 @@ class Children:
 
 def measure(study: Study, run: Run, budget: float) -> None:
     """Write the point of a run that has reached its budget: to the study's store, the journal and MLflow."""
-    from iddpm.flops import count_parameters
     from pipeline import evaluate
     from pipeline.sample import load_trained
     from pipeline.scaling import ComputePoint
@@ -519,19 +528,22 @@ def measure(study: Study, run: Run, budget: float) -> None:
     config = run.config
     options = replace(study.evaluation, run=config.out, tracking=config.tracking)
     world = World(device=pick_device(config.launch.device, 0))
-    trained = load_trained(config.out, config.storage, world, options.ema_rate)
+    cost = count(config)
+    last = horizon_steps(run.at(budget), cost.train)
+    trained = load_trained(config.out, config.storage, world, options.ema_rate, last)
     flops = trained.meta["train_flops"]
-    if flops - flops // trained.step >= budget:
-        raise ValueError(
-            f"{run.name}: has gone on to {flops:.4g} FLOPs and cannot be measured at {budget:.4g} any more"
-        )
     common = {"train_data": trained.meta["dataset_digest"], "batch_size": config.batch_size}
     common |= {"diffusion": asdict(config.diffusion), "precision": config.precision}
-    found = evaluate.measure([trained], options, world, keep=False)
+    found = evaluate.measure([trained], options, world, keep=True)
     found = [replace(value, passport=value.passport | common) for value in found]
     evaluate.track(trained, found, options)
-    size = count_parameters(config.model, config.diffusion.out_channels(config.model.in_channels))
-    spent = {"run": run.name, "parameters": size, "images": trained.meta["images"], "flops": flops, "budget": budget}
+    spent = {
+        "run": run.name,
+        "parameters": cost.parameters,
+        "images": trained.meta["images"],
+        "flops": flops,
+        "budget": budget,
+    }
     points = [asdict(ComputePoint(**vars(value), **spent)) for value in found]
     content = {"points": points, "evaluate": study.evaluate, "config": trained.meta["config"]}
     study.store.write(run.point(budget), json.dumps(content, indent=1).encode())

@@ -78,16 +78,28 @@ class Checkpoints:
     # --------------------------------------------------------------------------------- reading
 
     def records(self) -> list[Record]:
-        """The log's whole records, oldest first. A record that cannot be read counts as absent."""
+        """The log's whole records, oldest first; a warning for one that cannot be read.
+
+        Raises DamagedCheckpoint where there are some and not one can be.
+        """
+        problems = []
 
         def read(name: str) -> Record | None:
             try:
                 return Record(_number(name), **json.loads(self.store.read(name)))
-            except (FileNotFoundError, ValueError, TypeError):
-                return None  # retention got there first, or it is damaged: `newest` then takes one before
+            except FileNotFoundError:  # retention got there first
+                return None
+            except (ValueError, TypeError) as error:
+                problems.append(f"{self.store}/{name} is no checkpoint record ({error})")
+                return None
 
         with ThreadPoolExecutor(THREADS) as pool:
-            return [record for record in pool.map(read, self.store.list("log/")) if record]
+            found = [record for record in pool.map(read, self.store.list("log/")) if record]
+        if problems and not any(record.kind == "checkpoint" for record in found):
+            raise DamagedCheckpoint(f"{'; '.join(problems)}. Begin anew with another --out")
+        for problem in problems:
+            print(f"warning: {problem}; it is left out", flush=True)
+        return found
 
     def newest(self, parts: tuple[str, ...] | None = None, step: int | None = None) -> tuple[Record, Parts] | None:
         """The newest checkpoint (or the one of `step`) whose parts are whole, with them; None where the run has none.

@@ -144,6 +144,7 @@ class TrainConfig:
         parse_horizon(self.horizon)
         _positive(self, "", "batch_size", "lr", "log_every", "checkpoint_every", "keep_last", "sample_count")
         _positive(self, "", "eval_images")
+        check_metrics(self.eval_metrics, "--eval-metrics")
         _positive(self, "", *(name for name in ("microbatch", "keep_every") if getattr(self, name) is not None))
         for name in ("weight_decay", "warmup_steps", "sample_every", "eval_every", "seed"):
             if getattr(self, name) < 0:
@@ -314,9 +315,20 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+METRICS = ("nll", "fid", "is", "kid", "precision", "recall")
+
+
+def check_metrics(text: str, flag: str) -> list[str]:
+    """The names in a list with commas; ValueError for one that is not in METRICS."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or set(names) - set(METRICS):
+        raise ValueError(f"{flag}: got {text!r}, expected some of {', '.join(METRICS)}, with commas")
+    return names
+
+
 def check_same_run(recorded: dict[str, Any], config: TrainConfig) -> None:
     """Raise ValueError, naming the fields, where `config` would not continue the recorded run."""
-    old, new = flatten(recorded), flatten(record(config))
+    old, new = flatten(record(from_record(recorded))), flatten(record(config))  # with defaults of fields that are new
     changed = [
         f"  --{_flag(name)}: the run has {old.get(name)}, got {new.get(name)}"
         for name in sorted(old.keys() | new.keys())

@@ -21,6 +21,7 @@ import io
 import json
 import logging
 import os
+import re
 import tarfile
 import tempfile
 import zlib
@@ -334,14 +335,17 @@ def _verify(file: _File, shard: Shard) -> bool:
     return True
 
 
-_BYPASS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+_BYPASS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
+    *(errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP),  # what flock says where there are no locks
+)
 
 
 class Cache:
     """Whole shards on a local disk, shared by all processes of a node, at most `max_bytes` of them.
 
     Files are named by their sha256 and appear by rename, so that a process may die at any point. Each of 256
-    lock files guards the shards whose hash starts with its number; lock files are never removed.
+    lock files guards the shards whose hash starts with its number, `evict.lock` the sum of all; they are never removed.
     """
 
     def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
@@ -393,6 +397,7 @@ class Cache:
             file.evict = path
             with self._lock("evict"):  # who adds up the files must find this one under one name or the other
                 os.replace(temporary, path)
+            file.where = file.where.replace(str(temporary), str(path))
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -402,13 +407,15 @@ class Cache:
         """Remove what dead processes left, then shards used least recently, until `incoming` bytes fit."""
         total, shards = incoming, []
         for path in self.directory.iterdir():
+            if not re.fullmatch(r"[0-9a-f]{64}\.(tar|\d+\.tmp)", path.name):
+                continue  # somebody else's
             if path.suffix == ".tmp":
                 with self._lock(path.name[:2], wait=False) as ours:
                     if ours:  # nobody is writing it
                         path.unlink(missing_ok=True)
                     else:
                         total += int(path.name.split(".")[1])
-            elif path.suffix == ".tar":
+            else:
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     shards.append((status.st_atime_ns, status.st_size, path))

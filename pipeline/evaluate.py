@@ -9,15 +9,14 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from pipeline.blocks import Block, Blocks
-from pipeline.config import LaunchConfig, TrackingConfig, TrainConfig, parse_flags, record
+from pipeline.config import LaunchConfig, TrackingConfig, TrainConfig, check_metrics, parse_flags, record
 from pipeline.data import Cache, Reader, ShardIndex, load_index
 from pipeline.metrics import (
-    METRICS,
     NEAR,
     Features,
     Reference,
@@ -114,10 +113,16 @@ class EvaluateConfig:
         for name in ("images", "images_per_call", "timesteps_per_call", "samples", "batch_size", "neighbours"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected 1 or more")
-        check_metrics(self.metrics, "--metrics")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"--steps: got {self.steps}, expected 1 or more")
+        self.wanted  # noqa: B018  # raises what is wrong with it
         if self.out and not (self.exact or self.chain):
             raise ValueError("--out: writes the terms by timestep, which only --exact and --chain know")
         self.plan  # noqa: B018  # raises what is wrong with it
+
+    @property
+    def wanted(self) -> set[str]:
+        return set(check_metrics(self.metrics, "--metrics"))
 
     @property
     def plan(self) -> NllPlan:
@@ -134,17 +139,8 @@ class EvaluateConfig:
 
     def evaluations(self, run: TrainConfig) -> int:
         """Forward passes of one image that measuring one checkpoint of such a run takes, at most."""
-        wanted = set(check_metrics(self.metrics, "--metrics"))
-        nll = self.plan.evaluations(run.diffusion.timesteps) if "nll" in wanted else 0
-        return nll + (self.samples * (self.steps or run.sample_steps) if wanted - {"nll"} else 0)
-
-
-def check_metrics(text: str, flag: str) -> list[str]:
-    """The names in a list with commas; ValueError for one that is none."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or set(names) - {"nll", *METRICS}:
-        raise ValueError(f"{flag}: got {text!r}, expected some of nll, {', '.join(METRICS)}, with commas")
-    return names
+        nll = self.plan.evaluations(run.diffusion.timesteps) if "nll" in self.wanted else 0
+        return nll + (self.samples * (self.steps or run.sample_steps) if self.wanted - {"nll"} else 0)
 
 
 def main(config: EvaluateConfig, world: World) -> None:
@@ -163,15 +159,14 @@ def main(config: EvaluateConfig, world: World) -> None:
 
 def measure(models: Sequence[Trained], config: EvaluateConfig, world: World, keep: bool) -> list[Measured]:
     """The values, on rank 0; the others get none. With `keep`, partial results go to the run's store."""
-    trained, wanted = models[0], check_metrics(config.metrics, "--metrics")
-    run = trained.config
+    run = models[0].config
     data = Store(config.data or run.data.url, config.storage)
     cache = Cache(run.data.cache_dir, int(run.data.cache_gb * 1e9))
     found: list[Measured] = []
-    if "nll" in wanted:
+    if "nll" in config.wanted:
         found += _nll(models, config, data, cache, world, keep)
-    if set(wanted) & set(METRICS):
-        found += _image_metrics(trained, config, data, cache, world, keep, wanted)
+    if config.wanted - {"nll"}:
+        found += _image_metrics(models[0], config, data, cache, world, keep)
     return found if world.rank == 0 else []
 
 
@@ -219,12 +214,11 @@ def _image_metrics(
     cache: Cache,
     world: World,
     keep: bool,
-    wanted: Sequence[str],
 ) -> list[Measured]:
-    run = trained.config
+    run, wanted = trained.config, config.wanted - {"nll"}
     recipe, index, features = image_tools(config, run, data, world)
     reference = _reference(config, data, index, features, cache, world)
-    if reference.images is None and (near := set(wanted) & NEAR):
+    if reference.images is None and (near := wanted & NEAR):
         raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only their moments")
     images = {"n": config.samples, "ema": trained.ema_rate, **asdict(recipe), "features": features.digest}
     store = Store(config.run, config.storage) if keep else None
@@ -255,7 +249,7 @@ def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[M
     """
     data = Store(config.data or run.data.url, config.storage)
     cache = Cache(run.data.cache_dir, int(run.data.cache_gb * 1e9))
-    wanted = [name for name in check_metrics(config.metrics, "--metrics") if name in METRICS]
+    wanted = config.wanted - {"nll"}
     if not wanted:
         return []
     _, index, features = image_tools(config, run, data, world)
@@ -263,11 +257,10 @@ def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[M
     try:
         real = _index(data, "val", [run])
     except FileNotFoundError:
-        real = index
-    if real.num_samples < config.samples:
-        real = index
-    if real is index:
-        wanted = [name for name in wanted if name not in NEAR]  # which compare with these very images
+        real = None
+    if real is None or real.num_samples < config.samples:
+        real = index or _index(data, "train", [run])
+        wanted -= NEAR  # which compare with these very images
         if real.num_samples <= config.samples:
             raise ValueError(f"{data}: has fewer than {config.samples} images besides those to compare with")
     seen = [features.see(images) for images in spread_images(data, real, cache, config.samples)]
@@ -278,29 +271,28 @@ def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[M
 
 
 def _reference(
-    config: EvaluateConfig, data: Store, index: ShardIndex, features: Features, cache: Cache, world: World
+    config: EvaluateConfig, data: Store, index: ShardIndex | None, features: Features, cache: Cache, world: World
 ) -> Reference:
     if config.reference:
         return npz_reference(config.reference, config.storage, features, world)
+    assert index, "image_tools has it"
     return dataset_reference(data, index, features, world, cache)
 
 
 def image_tools(
     config: EvaluateConfig, run: TrainConfig, data: Store, world: World
-) -> tuple[Recipe, ShardIndex, Features]:
-    """What images of such a run are drawn by, compared with and seen by; ValueError where that cannot be had."""
+) -> tuple[Recipe, ShardIndex | None, Features]:
+    """What images of such a run are drawn by, compared with (None: with --reference alone) and seen by; ValueError
+    where that cannot be had.
+    """
     recipe = Recipe(config.sampler, config.steps or run.sample_steps, config.eta, config.seed)
     recipe.chain(run.diffusion, world.device)  # raises what is wrong with it, before anything takes long
-    index = _index(data, "train", [run])
-    return recipe, index, _features(config, data, index, world)
-
-
-def _features(config: EvaluateConfig, data: Store, index: ShardIndex, world: World) -> Features:
+    index = _index(data, "train", [run]) if config.features == "trained" or not config.reference else None
+    if index and config.features == "trained":
+        return recipe, index, trained_features(data, index, world)
     if config.features == "inception":
-        return inception_features(config.inception, config.download, config.storage, world.device)
-    if config.features == "trained":
-        return trained_features(data, index, world)
-    return torch_fidelity_features(config.features, None, world.device)
+        return recipe, index, inception_features(config.inception, config.download, config.storage, world.device)
+    return recipe, index, torch_fidelity_features(config.features, None, world.device)
 
 
 def _index(data: Store, split: str, runs: Sequence[TrainConfig]) -> ShardIndex:
@@ -343,12 +335,14 @@ def log_measured(tracker: Tracker, trained: Trained, found: Sequence[Measured]) 
     journal's line.
     """
     values = {"eval/train_flops": float(trained.meta["train_flops"])} if "train_flops" in trained.meta else {}
+    passports: dict[str, dict[str, Any]] = {}
     for value in found:
-        if value.step == trained.step and f"eval/{value.name}" not in values:
-            values[f"eval/{value.name}"] = value.value
+        key = f"eval/{value.name}"
+        if value.step == trained.step and key not in values:
+            values[key], passports[key] = value.value, value.passport
             if value.standard_error is not None:
-                values[f"eval/{value.name}_se"] = value.standard_error
-    return tracker.evaluation(trained.step, values, {f"eval/{value.name}": value.passport for value in found})
+                values[f"{key}_se"] = value.standard_error
+    return tracker.evaluation(trained.step, values, passports)
 
 
 def report(nll: Nll) -> str:

@@ -38,7 +38,8 @@ class Liveness:
         self.failure: str | None = None
         self._own_error: str | None = None
         self._blocked = False  # a collective failed here, and we do not know why
-        self._leaving = False
+        self.leaving = False
+        """Set by the training thread once it has noticed a failure, and closes what it has open."""
         self._found_at = 0.0
         self._heard_at = time.monotonic()  # from rank 0
         self._wake, self._closed = threading.Event(), threading.Event()
@@ -50,7 +51,7 @@ class Liveness:
 
     def blame(self) -> str | None:
         """After a failed collective: the failure behind it, or None where all ranks are well and in step."""
-        self._leaving = self._blocked = True
+        self.leaving = self._blocked = True
         self._wake.set()
         deadline = time.monotonic() + 3 * MISSED_BEATS * BEAT_S
         while not self.failure and time.monotonic() < deadline:
@@ -62,7 +63,7 @@ class Liveness:
 
     def confess(self, reason: str) -> bool:
         """Tell the others that this rank fails, and why. Whether it was the first to fail."""
-        self._leaving = True
+        self.leaving = True
         self._own_error = f"rank {self.rank}{CONFESSED}{reason}"
         self._wake.set()
         deadline = time.monotonic() + MISSED_BEATS * BEAT_S
@@ -89,7 +90,7 @@ class Liveness:
 
     def _enforce(self) -> None:
         """End the process where its training thread does not: it may be waiting for a dead peer on a GPU."""
-        patience = LEAVING_S if self._leaving else STUCK_S
+        patience = LEAVING_S if self.leaving else STUCK_S
         if self.failure and time.monotonic() - self._found_at > patience and not self._closed.is_set():
             message = f"rank {self.rank}: error: {self.failure}; this rank is blocked by that and ends"
             print(message, file=sys.stderr, flush=True)

@@ -23,10 +23,10 @@ from iddpm.ema import EMA
 from iddpm.flops import train_flops
 from iddpm.noise import normal, stream_key, uniform
 from iddpm.timesteps import make_sampler
-from pipeline.checkpoint import Checkpoints, Parts, Record, Writer
-from pipeline.config import INTERRUPTED, TrainConfig, check_same_run, horizon_steps, record
+from pipeline.checkpoint import Checkpoints, Parts, Writer
+from pipeline.config import INTERRUPTED, TrainConfig, check_metrics, check_same_run, horizon_steps, record
 from pipeline.data import Batch, Cache, ShardIndex, epoch_digests, expected_digest, load_index, stream
-from pipeline.evaluate import EvaluateConfig, check_metrics, log_measured, measure
+from pipeline.evaluate import EvaluateConfig, log_measured, measure
 from pipeline.hardware import device_name, peak_flops
 from pipeline.sample import Recipe, Trained, autocast, build_model, draw, ema_part, grid_png, image_shape, with_weights
 from pipeline.storage import Store
@@ -111,8 +111,6 @@ class TrainState:
                 if parts is not None:
                     tensor.copy_(parts[part][name])
             world.broadcast_(tensors.values())
-        progress = {name: tensor for name, tensor in own["progress"].items() if name != "metrics"}
-        self.sampler.load_state_dict(progress)
         if world.rank != 0:
             self.metrics.reset()  # its sum over the ranks is what rank 0 has
 
@@ -244,14 +242,14 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
     Raises ValueError for what the user can mend, StorageError, NonFinite, StaleAttempt.
     """
     run = Store(config.out, config.storage)
-    index, found = _open(config, run, world)
+    index = _data(config, world)
+    found: list[Parts] = []  # on rank 0
+    meta = world.alone(lambda: _newest(config, run, index, found))
     state = TrainState(config, world)
-    meta: dict[str, Any] = world.broadcast_object(found[0].meta | {"step": found[0].step} if found else {})
     if meta:
-        state.load(meta["step"], found[1] if found else None, world)
+        state.load(meta["step"], found.pop() if found else None, world)
         if world.rank == 0:
             state.epoch_digests = {int(epoch): digest for epoch, digest in meta["epoch_digests"].items()}
-    found = None  # as large as the state
     steps = horizon_steps(config, state.flops_per_image)
     world.say(
         f"{config.out}: {'resuming at' if meta else 'starting, to'} step {state.step if meta else steps}"
@@ -286,10 +284,7 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
                     writer.check()
                 if world.stop_agreed():
                     _checkpoint(state, run, writer, tracker, index, world)
-                    world.alone(lambda: writer.wait() if writer else None)
-                    if tracker:
-                        run.write(INTERRUPTED, json.dumps({"step": state.step}).encode())
-                        tracker.close("KILLED")
+                    world.alone(lambda: _end(run, writer, tracker, state.step))
                     world.say(f"interrupted at step {state.step}, checkpointed; the same command resumes")
                     return "interrupted"
 
@@ -320,15 +315,13 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
                 if state.step == steps or state.step % config.checkpoint_every == 0:
                     with clock.stopped():
                         _checkpoint(state, run, writer, tracker, index, world)
-        world.alone(lambda: writer.wait() if writer else None)
-        if tracker:
-            tracker.close("FINISHED")
+        world.alone(lambda: _end(run, writer, tracker))
     world.say(f"finished at step {state.step}: {config.out}")
     return "finished"
 
 
-def _open(config: TrainConfig, run: Store, world: World) -> tuple[ShardIndex, tuple[Record, Parts] | None]:
-    """The dataset and, on rank 0, the newest checkpoint; refuses what does not fit together."""
+def _data(config: TrainConfig, world: World) -> ShardIndex:
+    """The dataset; refuses what does not fit together."""
     data = Store(config.data.url, config.storage)
     index = load_index(data, "train")
     wanted = set(check_metrics(config.eval_metrics, "--eval-metrics"))
@@ -352,31 +345,52 @@ def _open(config: TrainConfig, run: Store, world: World) -> tuple[ShardIndex, tu
         )
     if config.batch_size < world.size:
         raise ValueError(f"--batch-size: got {config.batch_size}, expected at least one image for {world.size} ranks")
-    if world.rank != 0:
-        return index, None
+    return index
+
+
+def _newest(config: TrainConfig, run: Store, index: ShardIndex, parts: list[Parts]) -> dict[str, Any]:
+    """The newest checkpoint's facts, with its `step`, and into `parts` its parts; nothing where there is none."""
     run.check(write=True)
     run.delete(INTERRUPTED)  # an earlier attempt's
     found = Checkpoints(run).newest()
     if found and "optimizer" not in found[0].parts:
         raise ValueError(f"--out {config.out} holds converted weights, to sample and evaluate; give another --out")
-    if found:
-        check_same_run(found[0].meta["config"], config)
-        if found[0].meta["dataset_digest"] != index.digest:
-            raise ValueError(
-                f"--data.url {config.data.url}: not the data that the run at {config.out} was trained on (digest"
-                f" {index.digest}, expected {found[0].meta['dataset_digest']})"
-            )
-    return index, found
+    if not found:
+        return {}
+    record, newest = found
+    check_same_run(record.meta["config"], config)
+    if record.meta["dataset_digest"] != index.digest:
+        raise ValueError(
+            f"--data.url {config.data.url}: not the data that the run at {config.out} was trained on (digest"
+            f" {index.digest}, expected {record.meta['dataset_digest']})"
+        )
+    parts.append(newest)
+    return record.meta | {"step": record.step}
 
 
 @contextmanager
 def _recording(
     config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any], world: World
 ) -> Iterator[tuple[Tracker | None, Writer | None]]:
-    """Rank 0's tracker and checkpoint writer, closed however training ends; the other ranks have none."""
-    if world.rank != 0:
-        yield None, None
-        return
+    """Rank 0's tracker and checkpoint writer; the other ranks have none. `_end` closes them; here, what fails does."""
+    opened: list[tuple[Tracker, Writer]] = []
+    world.alone(lambda: opened.append(_begin(config, run, index, meta, world)))
+    tracker, writer = opened[0] if opened else (None, None)
+    try:
+        yield tracker, writer
+    except BaseException:
+        world.leaving()
+        if tracker and writer:
+            with suppress(Exception):  # what is being committed was good; its own failure is not the first
+                writer.close()
+            with suppress(Exception):
+                tracker.close("FAILED")
+        raise
+
+
+def _begin(
+    config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any], world: World
+) -> tuple[Tracker, Writer]:
     folder = journal_dir(config.out)
     if run.local is None:
         fetch_journal(run, folder)
@@ -398,15 +412,18 @@ def _recording(
             "checkpoints": config.out,
         }
     )
-    try:
-        yield tracker, writer
-        writer.close()
-        _copy_journal(tracker, run)
-    except BaseException:
-        with suppress(Exception):  # what is being committed was good; its own failure is not the first
-            writer.close()
-        tracker.close("FAILED")
-        raise
+    return tracker, writer
+
+
+def _end(run: Store, writer: Writer | None, tracker: Tracker | None, interrupted_at: int | None = None) -> None:
+    """Close what training has written, whole; on rank 0."""
+    assert writer
+    assert tracker
+    writer.close()
+    if interrupted_at is not None:
+        run.write(INTERRUPTED, json.dumps({"step": interrupted_at}).encode())
+    tracker.close("FINISHED" if interrupted_at is None else "KILLED")
+    _copy_journal(tracker, run)
 
 
 def _copy_journal(tracker: Tracker, run: Store) -> None:
@@ -474,8 +491,8 @@ def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: Wo
     if tracker and images is not None:
         png = grid_png(images)
         path = tracker.image(state.step, "samples", png)
-        if run.local is None:
-            run.write(f"samples/{path.name}", png)
+    if run.local is None:
+        world.alone(lambda: run.write(f"samples/{path.name}", png))
 
 
 def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:

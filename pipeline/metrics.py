@@ -24,10 +24,9 @@ from torch import Tensor, nn
 
 from pipeline.blocks import Block
 from pipeline.data import Cache, Reader, ShardIndex, stream
-from pipeline.storage import StorageConfig, StorageError, Store, locate
+from pipeline.storage import StorageConfig, StorageError, Store, locate, mask
 from pipeline.world import World
 
-METRICS = ("fid", "is", "kid", "precision", "recall")
 NEAR = {"kid", "precision", "recall"}  # those that compare with real images, of which moments do not tell enough
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name of the network of 2015-12-05, bit-exact with TensorFlow's
 INCEPTION_URL = (
@@ -75,11 +74,15 @@ def inception_features(weights: str | None, download: bool, storage: StorageConf
     ValueError where the weights are not to be had or are not those.
     """
     path = _inception_path(weights, download, storage)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith(INCEPTION_SHA256):
-        raise ValueError(f"{path}: not the Inception weights: sha256 {digest[:16]}…, expected {INCEPTION_SHA256}…")
+    _check_inception(str(path), path.read_bytes())
     torch.load(path, weights_only=True)  # torch-fidelity itself would run code in it
     return torch_fidelity_features(INCEPTION, path, device)
+
+
+def _check_inception(where: str, data: bytes) -> None:
+    digest = hashlib.sha256(data).hexdigest()
+    if not digest.startswith(INCEPTION_SHA256):
+        raise ValueError(f"{where}: not the Inception weights: sha256 {digest[:16]}…, expected {INCEPTION_SHA256}…")
 
 
 def _inception_path(weights: str | None, download: bool, storage: StorageConfig) -> Path:
@@ -90,7 +93,9 @@ def _inception_path(weights: str | None, download: bool, storage: StorageConfig)
         return Path(weights)
     if weights and not weights.startswith("http"):
         store, name = locate(weights, storage)
-        Store(cached.parent).write(cached.name, store.read(name))  # whole at once: other ranks may be reading it
+        data = store.read(name)
+        _check_inception(mask(weights), data)  # before it is where others would take it from
+        Store(cached.parent).write(cached.name, data)  # whole at once: other ranks may be reading it
     elif weights or (download and not cached.exists()):
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -303,7 +308,7 @@ class Reference:
     """For the passport."""
     moments: tuple[np.ndarray, np.ndarray]
     images: Callable[[int], Batches] | None
-    """The first so many; None where only moments are known."""
+    """So many of them; None where only moments are known."""
 
 
 def dataset_reference(data: Store, index: ShardIndex, features: Features, world: World, cache: Cache) -> Reference:
@@ -367,7 +372,7 @@ def npz_reference(
                 if n <= 0:
                     return
 
-    return Reference(f"{name}-{digest}", moments, first if "arr_0" in names else None)
+    return Reference(f"{name.partition('?')[0]}-{digest}", moments, first if "arr_0" in names else None)
 
 
 def moments_npz(mean: np.ndarray, covariance: np.ndarray) -> bytes:
@@ -407,7 +412,7 @@ def npz_images(file: IO[bytes], batch_size: int, first: int = 0, every: int = 1)
 def image_metrics(
     drawn: Sequence[Block], reference: Reference, features: Features, wanted: Iterable[str], k: int
 ) -> dict[str, tuple[float, dict[str, Any]]]:
-    """Of `wanted` (of METRICS), the value and what else belongs into its passport, of images as `Features.see` them.
+    """Of `wanted` (METRICS but nll), the value and what else its passport needs; of images as `Features.see` has them.
 
     k: neighbours, for precision and recall (Kynkäänniemi et al. 2019).
     """
@@ -447,7 +452,7 @@ def feature_metrics(
     if real is not None and "kid" in wanted:
         size = min(KID_SUBSET, len(drawn), len(real))
         value = kid_features_to_metric(drawn, real, kid_subset_size=size, verbose=False)
-        found["kid"] = value["kernel_inception_distance_mean"], {"subset": size}
+        found["kid"] = value["kernel_inception_distance_mean"], {"subset": size, "real": len(real)}
     if real is not None and wanted & {"precision", "recall"}:
         if not 1 <= k < min(len(drawn), len(real)):
             raise ValueError(f"--neighbours: got {k}, expected 1 to {min(len(drawn), len(real)) - 1} of the images")

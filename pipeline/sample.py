@@ -148,7 +148,7 @@ def build_model(config: TrainConfig) -> UNet:
 
 def ema_part(rate: float) -> str:
     """The name of an average's part in a checkpoint."""
-    return f"ema-{rate:g}"
+    return f"ema-{rate}"
 
 
 @contextmanager

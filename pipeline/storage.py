@@ -1,7 +1,8 @@
 """One flat key space under a URL: a local directory, ``s3://bucket/prefix`` or any other fsspec URL.
 
 Every operation is whole: it succeeds, or it is tried again until the store's own deadline, or it fails with
-one `StorageError` that says what to do. Writes are atomic for readers, on every backend.
+one `StorageError` that says what to do. Writes are atomic for readers on local disks and S3;
+elsewhere, as far as the fsspec backend's are.
 """
 
 from __future__ import annotations
@@ -183,11 +184,18 @@ class Store:
         if not (write and self.local):  # some servers would create a missing bucket: so look before writing
             quick._retry("list", "", quick._backend.probe)
         if write:
-            quick.write(".write-check", b"")
-            quick.delete(".write-check")
+            name = f".write-check-{secrets.token_hex(8)}"
+            try:
+                if (quick.create(name, b"1"), quick.create(name, b"2")) != (True, False):
+                    raise StorageError(
+                        f"{self}: this store overwrites what must be created once, so two attempts at a run could ruin"
+                        " each other's checkpoints: take one that does not, such as S3 with If-None-Match, or a disk"
+                    )
+            finally:
+                quick.delete(name)
 
     def _where(self, name: str) -> str:
-        return f"{self}/{name}"
+        return mask(f"{self}/{name}")
 
     def _copy(self, name: str, file: IO[bytes], sha256: str | None) -> None:
         def rewind() -> None:
@@ -253,7 +261,7 @@ class Store:
                     hint = "is the disk sound?" if self.local else "is the server up, and its address right?"
                     gave_up = f"gave up after {tries} tries in {spent:.0f} s; {hint}"
                     raise self._failure(verb, name, error, gave_up) from error
-                _log_burst(str(self), f"{verb} {name}: {_describe(error)}", self.config.deadline_s)
+                _log_burst(str(self), mask(f"{verb} {name}: {_describe(error)}"), self.config.deadline_s)
                 time.sleep(wait)
 
     def _failure(self, verb: str, name: str, error: Exception, advice: str) -> StorageError:
@@ -266,6 +274,12 @@ def locate(url: str, config: StorageConfig) -> tuple[Store, str]:
     """Where a file is, by its path or URL: the store, and its name there."""
     folder, _, name = url.rpartition("/")
     return Store(folder or ("/" if url.startswith("/") else "."), config), name
+
+
+def unless_missing(error: Exception) -> None:
+    """For `os.walk` and fsspec's, which take a folder that cannot be read for an empty one."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _pieces(file: Any) -> Iterator[bytes]:
@@ -298,7 +312,7 @@ class _Local:
 
     def names(self, prefix: str) -> list[str]:
         found = []
-        for folder, _, files in os.walk(self.root / prefix.rpartition("/")[0]):
+        for folder, _, files in os.walk(self.root / prefix.rpartition("/")[0], onerror=unless_missing):
             found += [str((Path(folder) / file).relative_to(self.root).as_posix()) for file in files]
         return found
 
@@ -318,7 +332,7 @@ class _Local:
         folder.mkdir(parents=True, exist_ok=True)
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") and entry.name.endswith(".tmp"):
+                if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", entry.name):  # ours
                     with contextlib.suppress(FileNotFoundError):
                         if time.time() - entry.stat().st_mtime > STALE_S:
                             os.unlink(entry.path)
@@ -369,7 +383,8 @@ class _Fsspec:
 
     def names(self, prefix: str) -> list[str]:
         self.fs.invalidate_cache()
-        found = self.fs.find(f"{self.root}/{prefix.rpartition('/')[0]}".rstrip("/"))
+        folder = f"{self.root}/{prefix.rpartition('/')[0]}".rstrip("/")
+        found = self.fs.find(folder, on_error=unless_missing)
         return [path.removeprefix(self.root).lstrip("/") for path in found]
 
     def probe(self) -> None:
@@ -405,7 +420,7 @@ class _S3:
                 while chunk := self._run(body.read(CHUNK)):
                     yield chunk
             finally:
-                body.close()
+                self._fs().loop.call_soon_threadsafe(body.close)  # it is the loop's
 
         return (response.get("ContentLength"), md5), parts()
 
@@ -429,7 +444,7 @@ class _S3:
         except FileNotFoundError:  # no such upload: it is complete, and that reply was lost, or someone has removed it
             raise ConnectionError("the upload has vanished") from None
         except BaseException:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # why the upload failed is what counts
                 self._call("abort_multipart_upload", **where)
             raise
 
@@ -529,6 +544,7 @@ _ERRNO_ADVICE = {
     errno.EROFS: "the file system is read-only: choose another directory",
     errno.EACCES: "no permission: check the owner and mode of the directory, or choose another",
     errno.EPERM: "not permitted here: check the directory's owner, and that its file system knows hard links",
+    **dict.fromkeys((errno.ENOSYS, errno.EOPNOTSUPP), "this file system has no hard links: choose another"),
     errno.ENOTDIR: "a part of the path is a file: choose another path",
     errno.EEXIST: "a part of the path is a file: choose another path",
     errno.EISDIR: "the path is a directory: choose another name",
@@ -579,9 +595,9 @@ def _describe(error: BaseException) -> str:
 
 
 def mask(text: str) -> str:
-    """The text without user:password@ of an address and without signatures of a query."""
-    text = re.sub(r"(?<=://)[^/@\s\"']+@", "***@", text)
-    return re.sub(r"(?i)((?:signature|token|credential|secret)[\w-]*=)[^&\s\"']+", r"\1***", text)
+    """The text without user:password@ of an address and without signatures and passwords of a query."""
+    text = re.sub(r"(?<=://)[^/\s\"']+@", "***@", text)
+    return re.sub(r"(?i)((?:signature|token|credential|secret|password|pwd|[?&]sig)[\w-]*=)[^&\s\"']+", r"\1***", text)
 
 
 def _checked(name: str) -> str:

@@ -19,7 +19,6 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import tyro
 
@@ -33,11 +32,7 @@ BATCH = 200  # journal lines shipped at once
 
 def journal_dir(out: str) -> Path:
     """The local folder of a run's journal: the run's own where it is local, else runs/NAME-HASH here."""
-    if "://" not in out:
-        return Path(out)
-    if out.startswith("file://"):
-        return Path(urlsplit(out).path)
-    return Path("runs") / f"{run_name(out)}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
+    return Store(out).local or Path("runs") / f"{run_name(out)}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
 
 
 def run_name(out: str) -> str:
@@ -260,7 +255,10 @@ class Shipper:
     def _ship(self) -> bool:
         """Send the next lines; whether there are none left."""
         state_path = self.folder / self.STATE
-        state = json.loads(state_path.read_text()) if state_path.exists() else {}
+        try:
+            state = json.loads(state_path.read_text())
+        except (FileNotFoundError, ValueError):  # sent again, nothing changes
+            state = {}
         with (self.folder / JOURNAL).open("rb") as file:
             head = json.loads(file.readline())
             if self._client is None:
@@ -280,7 +278,7 @@ class Shipper:
             return True
         assert self.run_id
         _send(self._client, self.run_id, self.folder, [json.loads(line) for line in lines], self._there)
-        temporary = state_path.with_suffix(".tmp")
+        temporary = state_path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps({"run_id": self.run_id, "offset": offset + sum(map(len, lines))}))
         temporary.replace(state_path)
         return False

@@ -46,7 +46,7 @@ def was_interrupted(config: TrainConfig) -> bool:
 
 def provide_digits(config: TrainConfig) -> None:
     """Prepare the digits, which come with a Python package, where a run wants them and has none."""
-    if config.data.url == "data/digits" and not Path(config.data.url).exists():
+    if config.data.url == "data/digits" and not Path(config.data.url, "val.index.json").exists():  # written last
         from pipeline.prepare import prepare_digits
 
         prepare_digits(config.data.url)

@@ -210,6 +210,11 @@ class World:
             return result
         return None
 
+    def leaving(self) -> None:
+        """An error has been noticed here: there will be a while, for what is open to be closed."""
+        if self._liveness:
+            self._liveness.leaving = True
+
     def confess(self, error: BaseException) -> None:
         """Tell the others that this rank is going, and why."""
         if self._liveness:
@@ -371,7 +376,9 @@ def _slurm() -> tuple[int, int, int, int]:
     rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
     one_node = env.get("SLURM_STEP_NUM_NODES") == "1"
     # Slurm's step id makes the port differ between steps that share a node.
-    port = 20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 20000
+    port = (
+        20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 12000
+    )  # below those that Linux gives out
     env.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else _first_host(env["SLURM_STEP_NODELIST"]))
     env.setdefault("MASTER_PORT", str(port))
     local_size = _tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]

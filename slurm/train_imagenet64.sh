@@ -24,7 +24,7 @@ source slurm/environment.sh
 
 flags=(--preset imagenet64 "$@")
 run srun --mpi=none --kill-on-bad-exit=1 python -m pipeline.train "${flags[@]}"
-if ((status > 128)) && was_interrupted "${flags[@]}"; then
+if [[ -z "$warned" ]] && ((status > 128)) && was_interrupted "${flags[@]}"; then
   status=75 # srun kills the tasks that leave last, and their status hides the others'
 fi
 finish

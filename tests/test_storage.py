@@ -134,7 +134,7 @@ def test_readers_never_see_half(tmp_path):
 
 
 def test_temporaries_are_hidden_and_swept(tmp_path):
-    old, new = tmp_path / ".0123.tmp", tmp_path / ".4567.tmp"
+    old, new = tmp_path / f".{0:016x}.tmp", tmp_path / f".{1:016x}.tmp"
     old.write_bytes(b"x")
     new.write_bytes(b"x")
     os.utime(old, (time.time() - 7200,) * 2)

@@ -7,7 +7,7 @@ import torch
 from golden import arrays, error, released, tensor
 
 from iddpm.config import UNetConfig
-from iddpm.unet import AttentionBlock, GroupNorm, UNet, timestep_embedding
+from iddpm.unet import PRODUCTS_UP_TO, AttentionBlock, GroupNorm, UNet, attention, timestep_embedding
 
 SMALL = UNetConfig(
     image_size=8,
@@ -136,6 +136,21 @@ def test_attention_is_softmax_of_scaled_products():
         heads.append(torch.einsum("nts,ncs->nct", weight, v))
     expected = (pixels + block.proj_out(torch.cat(heads, dim=1))).view_as(x)
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pixels", [64, PRODUCTS_UP_TO + 1])
+def test_attention_in_bfloat16_and_its_gradients_are_near_float32(pixels):
+    torch.manual_seed(0)
+    wide = [torch.randn(2, 4, pixels, 24, requires_grad=True) for _ in range(3)]
+    narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
+    expected, got = attention(*wide), attention(*narrow)
+    assert got.dtype == torch.bfloat16
+    assert error(got.float(), expected) < 0.02
+    weights = torch.randn_like(expected)
+    (expected * weights).sum().backward()
+    (got * weights).sum().backward()
+    for a, b in zip(narrow, wide, strict=True):
+        assert error(a.grad.float(), b.grad) < 0.03
 
 
 def test_examples_do_not_mix_and_timestep_and_label_matter():
