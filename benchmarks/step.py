@@ -86,6 +86,28 @@ def conv_peak(dtype: torch.dtype) -> float:
     return 2 * 9 * 128 * 128 * 32 * 32 * 8 / best
 
 
+class Convolutions:
+    """The model's convolutions, forward and backward, each by itself: no step with them can be faster."""
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
+        self.passes: list[tuple[torch.nn.Module, Tensor, Tensor]] = []
+        model = deepcopy(model).to(dtype)
+        handles = [m.register_forward_hook(self._add) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+        with torch.no_grad():
+            model(torch.randn(BATCH, 3, 64, 64), torch.zeros(BATCH))
+        for handle in handles:
+            handle.remove()
+
+    def _add(self, layer: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].requires_grad_(bool(self.passes))  # images need no gradient
+        self.passes.append((layer, x, torch.randn_like(output)))
+
+    def step(self) -> None:
+        for layer, x, grad in self.passes:
+            wanted = [p for p in (x, *layer.parameters()) if p.requires_grad]
+            torch.autograd.grad(layer(x), wanted, grad)
+
+
 def rows(rounds: int = 10, compiled: bool = True) -> list[Row]:
     torch.manual_seed(0)
     world, diffusion = World(), Diffusion(DIFFUSION)
@@ -104,6 +126,9 @@ def rows(rounds: int = 10, compiled: bool = True) -> list[Row]:
     peer = diffusers_step(diffusion)
     ways = {name: way.step for name, way in ours.items()}
     ways["plain"] = lambda: plain.step(x, t, noise)  # type: ignore[assignment]
+    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for name, dtype in precisions.items():
+        ways[f"convolutions, {name}"] = Convolutions(ours["fp32"].state.model, dtype).step  # type: ignore[assignment]
     if peer:
         ways["diffusers"] = lambda: peer.step(x, t, noise)  # type: ignore[assignment]
     compiling = 0.0
@@ -128,7 +153,16 @@ def rows(rounds: int = 10, compiled: bool = True) -> list[Row]:
         for name in ours
     ]
     flops = BATCH * train_flops(MODEL, 6)
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for name, dtype in precisions.items():
+        alone = f"convolutions, {name}"
+        found.append(
+            Row(
+                f"its limit: {alone}",
+                f"{middle[alone]:.3f} s",
+                f"plain fp32 {middle['plain']:.3f} s",
+                median_ratio(seconds["plain"], seconds[alone]),
+            )
+        )
         peak = conv_peak(dtype)
         reached = flops / min(seconds[name])
         found.append(
