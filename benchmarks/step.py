@@ -12,7 +12,6 @@ from copy import deepcopy
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from iddpm.flops import count_parameters, train_flops
 from iddpm.sampling import ancestral, final
 from iddpm.schedule import respace
 from pipeline.config import LaunchConfig, TrainConfig
+from pipeline.hardware import DTYPES, peak_flops
 from pipeline.loop import TrainState
 from pipeline.sample import autocast
 from pipeline.world import World
@@ -78,14 +78,6 @@ class Peer:
         self.optimizer.step()
 
 
-def conv_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of a large 3x3 convolution, forward."""
-    x = torch.randn(8, 128, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
-    w = torch.randn(128, 128, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
-    best = min(in_turns({"": lambda: F.conv2d(x, w, padding=1)}, 20)[""])
-    return 2 * 9 * 128 * 128 * 32 * 32 * 8 / best
-
-
 class Convolutions:
     """The model's convolutions, forward and backward, each by itself: no step with them can be faster."""
 
@@ -126,9 +118,9 @@ def rows(rounds: int = 10, compiled: bool = True) -> list[Row]:
     peer = diffusers_step(diffusion)
     ways = {name: way.step for name, way in ours.items()}
     ways["plain"] = lambda: plain.step(x, t, noise)  # type: ignore[assignment]
-    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    for name, dtype in precisions.items():
-        ways[f"convolutions, {name}"] = Convolutions(ours["fp32"].state.model, dtype).step  # type: ignore[assignment]
+    for name in ("fp32", "bf16"):
+        alone = Convolutions(ours["fp32"].state.model, DTYPES[name])
+        ways[f"convolutions, {name}"] = alone.step  # type: ignore[assignment]
     if peer:
         ways["diffusers"] = lambda: peer.step(x, t, noise)  # type: ignore[assignment]
     compiling = 0.0
@@ -153,23 +145,23 @@ def rows(rounds: int = 10, compiled: bool = True) -> list[Row]:
         for name in ours
     ]
     flops = BATCH * train_flops(MODEL, 6)
-    for name, dtype in precisions.items():
-        alone = f"convolutions, {name}"
+    for name in ("fp32", "bf16"):
+        limit = f"convolutions, {name}"
         found.append(
             Row(
-                f"its limit: {alone}",
-                f"{middle[alone]:.3f} s",
+                f"its limit: {limit}",
+                f"{middle[limit]:.3f} s",
                 f"plain fp32 {middle['plain']:.3f} s",
-                median_ratio(seconds["plain"], seconds[alone]),
+                median_ratio(seconds["plain"], seconds[limit]),
             )
         )
-        peak = conv_peak(dtype)
+        peak = peak_flops(world.device, name)
         reached = flops / min(seconds[name])
         found.append(
             Row(
                 f"of the peak, {name}",
                 f"{reached / 1e9:.0f} GFLOP/s",
-                f"3x3 convolution {peak / 1e9:.0f}",
+                f"peak {peak / 1e9:.0f}",
                 reached / peak,
             )
         )

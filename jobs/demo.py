@@ -32,13 +32,11 @@ def main() -> None:
     run("jobs.curves", f"{RUN}/curves.png", RUN)
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
+    ui = f"{Path(sys.executable).parent}/mlflow ui --backend-store-uri sqlite:///mlflow.db"
     print(
         f"\nOpen   {Path(RUN).resolve()}/grid.png       64 digits that never were"
-        f"\n       {Path(RUN).resolve()}/curves.png     how the losses fell"
-        f"\nCompare runs        in MLflow at {mask(uri)}"
-        if uri
-        else f"\nCompare runs with   {Path(sys.executable).parent}/mlflow ui --backend-store-uri sqlite:///mlflow.db"
-        "\n                    and open http://127.0.0.1:5000"
+        f"\n       {Path(RUN).resolve()}/curves.png     how the losses fell\nCompare runs "
+        + (f"in MLflow at {mask(uri)}" if uri else f"with   {ui}\n                    and open http://127.0.0.1:5000")
     )
 
 

@@ -1,9 +1,11 @@
 """What this machine can do, and what a run needs of it."""
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 
 from iddpm.unet import UNet
 from pipeline.config import TrainConfig
@@ -12,15 +14,29 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product in this precision, measured here: the limit that utilisation refers to."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device).to(DTYPES[precision])
-    _synchronize(device)
-    best, end = 0.0, time.perf_counter() + 0.3  # clocks take their time to rise
-    while (start := time.perf_counter()) < end:
-        a @ a
+    """FLOP/s of a large matrix product or 3x3 convolution in this precision, whichever is the faster here (libraries
+    differ in what they do well): the limit that utilisation refers to.
+    """
+    gpu = device.type == "cuda"
+    n, (images, channels, size) = (8192, (16, 512, 64)) if gpu else (1024, (8, 128, 32))
+
+    def random(*shape: int) -> torch.Tensor:
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        return torch.randn(shape, device=device).to(DTYPES[precision], memory_format=layout)
+
+    a, x, w = random(n, n), random(images, channels, size, size), random(channels, channels, 3, 3)
+    works: list[tuple[int, Callable[[], object]]] = [
+        (2 * n**3, lambda: a @ a),
+        (2 * 9 * channels**2 * images * size**2, lambda: F.conv2d(x, w, padding=1)),
+    ]
+    best = 0.0
+    for flops, work in works:
         _synchronize(device)
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+        end = time.perf_counter() + 0.3  # clocks take their time to rise
+        while (start := time.perf_counter()) < end:
+            work()
+            _synchronize(device)
+            best = max(best, flops / (time.perf_counter() - start))
     return best
 
 
