@@ -439,7 +439,7 @@ def _prepare(study: Study) -> None:
     from pipeline.world import World
 
     config, options = study.runs[0].config, study.evaluation
-    study.store.check(write=True)
+    study.store.check(write=True, once=True)
     provide_digits(config)
     if options.wanted - {"nll"}:
         image_tools(options, config, Store(options.data or config.data.url, config.storage), World())

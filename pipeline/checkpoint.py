@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import queue
+import re
 import threading
 import time
 import uuid
@@ -80,7 +81,7 @@ class Checkpoints:
     def records(self) -> list[Record]:
         """The log's whole records, oldest first; a warning for one that cannot be read.
 
-        Raises DamagedCheckpoint where there are some and not one can be.
+        Raises DamagedCheckpoint where there may have been checkpoints, and no record of one can be read.
         """
         problems = []
 
@@ -94,8 +95,8 @@ class Checkpoints:
                 return None
 
         with ThreadPoolExecutor(THREADS) as pool:
-            found = [record for record in pool.map(read, self.store.list("log/")) if record]
-        if problems and not any(record.kind == "checkpoint" for record in found):
+            found = [record for record in pool.map(read, self._names("log/")) if record]
+        if problems and not any(record.kind == "checkpoint" for record in found) and self._names("data/"):
             raise DamagedCheckpoint(f"{'; '.join(problems)}. Begin anew with another --out")
         for problem in problems:
             print(f"warning: {problem}; it is left out", flush=True)
@@ -120,6 +121,8 @@ class Checkpoints:
                     loaded = pool.map(self._read_part, [record] * len(names), names)
                     return record, dict(zip(names, loaded, strict=True))
             except DamagedCheckpoint as error:
+                if not self.store.exists(record.name):  # training has gone on, and kept newer ones instead
+                    return self.newest(parts, step)
                 problems.append(str(error))
                 print(f"warning: {error}; trying the checkpoint before it", flush=True)
         if problems:
@@ -142,13 +145,17 @@ class Checkpoints:
         except SafetensorError as error:
             raise DamagedCheckpoint(f"{where}: {file} is no safetensors file ({error})") from None
 
+    def _names(self, folder: str) -> list[str]:
+        """Of records or data files: what else is there is somebody's own."""
+        return [name for name in self.store.list(folder) if re.match(r"\w+/\d{8}[-.]", name)]
+
     # --------------------------------------------------------------------------------- writing
 
     def claim(self, meta: dict[str, Any]) -> "Writer":
         """Take over the run: from now on no earlier attempt can commit. Then remove what those left unfinished."""
         attempt = uuid.uuid4().hex
         while True:
-            number = max(map(_number, self.store.list("log/")), default=0) + 1
+            number = max(map(_number, self._names("log/")), default=0) + 1
             claim = Record(number, "claim", attempt, meta=meta)
             if self.store.create(claim.name, claim.encode()):
                 break
@@ -158,8 +165,8 @@ class Checkpoints:
 
     def _sweep(self, claim: Record) -> None:
         """Delete the data of earlier attempts that no record stands for, and that none can stand for any more."""
-        committed = set(map(_number, self.store.list("log/")))
-        for name in self.store.list("data/"):
+        committed = set(map(_number, self._names("log/")))
+        for name in self._names("data/"):
             if _number(name) <= claim.number and _number(name) not in committed - {claim.number}:
                 self.store.delete(name)
 

@@ -30,7 +30,7 @@ def convert(path: str, config: TrainConfig) -> None:
     weights = load_published(path, config.model, config.diffusion.out_channels(config.model.in_channels))
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     run = Store(config.out, config.storage)
-    run.check(write=True)
+    run.check(write=True, once=True)
     checkpoints = Checkpoints(run)
     if any(r.kind == "checkpoint" for r in checkpoints.records()):
         raise ValueError(f"--out {config.out}: has a checkpoint; give another")

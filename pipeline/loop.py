@@ -350,7 +350,7 @@ def _data(config: TrainConfig, world: World) -> ShardIndex:
 
 def _newest(config: TrainConfig, run: Store, index: ShardIndex, parts: list[Parts]) -> dict[str, Any]:
     """The newest checkpoint's facts, with its `step`, and into `parts` its parts; nothing where there is none."""
-    run.check(write=True)
+    run.check(write=True, once=True)
     run.delete(INTERRUPTED)  # an earlier attempt's
     found = Checkpoints(run).newest()
     if found and "optimizer" not in found[0].parts:

@@ -222,7 +222,7 @@ def folder(source: Path, size: int, grey: bool, val_fraction: float) -> list[Spl
 
     def split(name: str, chosen: np.ndarray) -> Split:
         paths = [files[i] for i in np.sort(chosen)]
-        sizes = [(path, (source / path).stat().st_size) for path in paths]
+        sizes = [(path, _size(source / path)) for path in paths]
         labels = np.array([numbers.get(path.split("/")[0], 0) for path in paths], np.int64)
         return Split(
             name,
@@ -235,6 +235,13 @@ def folder(source: Path, size: int, grey: bool, val_fraction: float) -> list[Spl
         )
 
     return [split("train", order[cut:]), *([split("val", order[:cut])] if cut else [])]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # a link to nothing: unreadable, as files can be
+        return -1
 
 
 def _images(source: Path) -> Iterator[str]:

@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 CHUNK = 4 << 20  # bytes read at a time
 PART = 16 << 20  # larger objects are put on S3 in parts of so many bytes
+CREDENTIALS_S = 60.0  # for who gives them, which may be a program or a service on the network
 STALE_S = 3600.0  # a temporary file untouched for so long belongs to a process that died
 
 
@@ -59,7 +60,7 @@ class StorageConfig:
             if not re.match(r"https?://[^/]", self.endpoint_url):
                 got = mask(self.endpoint_url)
                 raise ValueError(f"storage.endpoint_url: got {got!r}, expected http://host[:port] or https://…")
-            if mask(self.endpoint_url) != self.endpoint_url:
+            if carries_credentials(self.endpoint_url):
                 raise ValueError(
                     f"storage.endpoint_url: {mask(self.endpoint_url)} carries credentials; give them by "
                     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, never in the address"
@@ -75,15 +76,15 @@ class Store:
     """
 
     def __init__(self, url: str | os.PathLike[str], config: StorageConfig = StorageConfig()) -> None:
-        self.url = os.fspath(url).rstrip("/") or "/"
+        scheme, separator, rest = os.fspath(url).rpartition("://")
+        self.url = scheme + separator + (rest.rstrip("/") or rest[:1])
         self.config = config
         self._backend: _Local | _S3 | _Fsspec
-        if mask(self.url) != self.url:
+        if carries_credentials(self.url):
             raise ValueError(
                 f"storage URL: {mask(self.url)} carries credentials, which would be recorded; give them by"
                 " the environment or the backend's own configuration"
             )
-        scheme, _, rest = os.fspath(url).rpartition("://")
         if scheme in ("", "file", "local"):
             self._backend = _Local(Path(rest).expanduser())
         elif scheme in ("s3", "s3a"):
@@ -103,7 +104,7 @@ class Store:
 
     def child(self, name: str) -> Store:
         """The store one level down."""
-        return Store(f"{self.url}/{_checked(name)}", self.config)
+        return Store(_join(self.url, _checked(name)), self.config)
 
     def read(self, name: str, sha256: str | None = None) -> bytes:
         """The whole object. With `sha256` (hex), damage in transit is read again; at rest it is an error."""
@@ -178,24 +179,28 @@ class Store:
         key = _checked(name)
         self._retry("delete", name, lambda: self._backend.delete(key))
 
-    def check(self, write: bool) -> None:
-        """Fail within seconds, with advice, where this store cannot be read (or written, if `write`)."""
+    def check(self, write: bool, once: bool = False) -> None:
+        """Fail within seconds, with advice, where this store cannot be read (or written, if `write`).
+
+        With `once` also where it has no `create`, which keeps two attempts at a run apart.
+        """
         quick = Store(self.url, replace(self.config, deadline_s=min(self.config.deadline_s, 8.0)))
         if not (write and self.local):  # some servers would create a missing bucket: so look before writing
             quick._retry("list", "", quick._backend.probe)
         if write:
             name = f".write-check-{secrets.token_hex(8)}"
             try:
-                if (quick.create(name, b"1"), quick.create(name, b"2")) != (True, False):
-                    raise StorageError(
-                        f"{self}: this store overwrites what must be created once, so two attempts at a run could ruin"
-                        " each other's checkpoints: take one that does not, such as S3 with If-None-Match, or a disk"
-                    )
-            finally:
-                quick.delete(name)
+                if once and (quick.create(name, b"1"), quick.create(name, b"2")) != (True, False):
+                    raise StorageError(f"{self}: this store overwrites what must be created once: {_NO_CREATE}")
+                quick.write(name, b"")
+            except BaseException:
+                with contextlib.suppress(Exception):  # what failed first is what counts
+                    quick.delete(name)
+                raise
+            quick.delete(name)
 
     def _where(self, name: str) -> str:
-        return mask(f"{self}/{name}")
+        return mask(_join(self.url, name))
 
     def _copy(self, name: str, file: IO[bytes], sha256: str | None) -> None:
         def rewind() -> None:
@@ -276,8 +281,12 @@ def locate(url: str, config: StorageConfig) -> tuple[Store, str]:
     return Store(folder or ("/" if url.startswith("/") else "."), config), name
 
 
+def _join(url: str, name: str) -> str:
+    return url + ("" if url.endswith("/") else "/") + name
+
+
 def unless_missing(error: Exception) -> None:
-    """For `os.walk` and fsspec's, which take a folder that cannot be read for an empty one."""
+    """For `os.walk`, which takes a folder that cannot be read for an empty one."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 
@@ -311,8 +320,10 @@ class _Local:
         return True
 
     def names(self, prefix: str) -> list[str]:
-        found = []
-        for folder, _, files in os.walk(self.root / prefix.rpartition("/")[0], onerror=unless_missing):
+        found, (above, _, start) = [], prefix.rpartition("/")
+        for folder, folders, files in os.walk(self.root / above, onerror=unless_missing):
+            if Path(folder) == self.root / above:  # others' folders beside ours, lost+found too, need not be readable
+                folders[:] = [name for name in folders if name.startswith(start) and name != "lost+found"]
             found += [str((Path(folder) / file).relative_to(self.root).as_posix()) for file in files]
         return found
 
@@ -359,9 +370,17 @@ class _Fsspec:
         import fsspec
 
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(url)
+            _, self.root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise ValueError(f"storage URL: {mask(url)!r}: {mask(str(error))}") from error
+        self.url = url
+
+    @property
+    def fs(self) -> Any:
+        """fsspec's instance, of which it has one a process: none survives a fork."""
+        import fsspec
+
+        return fsspec.core.url_to_fs(self.url)[0]
 
     def chunks(self, key: str) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
         file = self.fs.open(f"{self.root}/{key}", "rb")
@@ -384,7 +403,10 @@ class _Fsspec:
     def names(self, prefix: str) -> list[str]:
         self.fs.invalidate_cache()
         folder = f"{self.root}/{prefix.rpartition('/')[0]}".rstrip("/")
-        found = self.fs.find(folder, on_error=unless_missing)
+        found = self.fs.find(folder)
+        if not found:  # which may mean that the folder cannot be read: this then says so
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                self.fs.ls(folder)
         return [path.removeprefix(self.root).lstrip("/") for path in found]
 
     def probe(self) -> None:
@@ -417,7 +439,7 @@ class _S3:
 
         def parts() -> Iterator[bytes]:
             try:
-                while chunk := self._run(body.read(CHUNK)):
+                while chunk := self._run(body.read(CHUNK), 2 * self.patience):
                     yield chunk
             finally:
                 self._fs().loop.call_soon_threadsafe(body.close)  # it is the loop's
@@ -485,13 +507,15 @@ class _S3:
         return _s3_filesystem(os.getpid(), self.config.endpoint_url, self.config.profile, self.patience)
 
     def _call(self, method: str, **arguments: Any) -> Any:
-        sent = len(arguments.get("Body", b""))
-        return self._run(self._fs()._call_s3(method, Bucket=self.bucket, **arguments), sent)
+        fs, sent = self._fs(), len(arguments.get("Body", b""))
+        self._run(fs.set_session(), CREDENTIALS_S)
+        request = fs._call_s3(method, Bucket=self.bucket, **arguments)
+        return self._run(request, 2 * self.patience + sent / 1e6)  # no slower than 1 MB/s
 
-    def _run(self, coroutine: Any, sent: int = 0) -> Any:
+    def _run(self, coroutine: Any, seconds: float) -> Any:
         import asyncio
 
-        bounded = asyncio.wait_for(coroutine, 2 * self.patience + sent / 1e6)  # no slower than 1 MB/s
+        bounded = asyncio.wait_for(coroutine, seconds)
         return asyncio.run_coroutine_threadsafe(bounded, self._fs().loop).result()
 
 
@@ -525,6 +549,10 @@ def _s3_filesystem(
 
 # --- what an error means ---
 
+_NO_CREATE = (
+    "two attempts at a run could then ruin each other's checkpoints; take a store that creates an object only where"
+    " none is, such as S3 with If-None-Match, or a disk"
+)
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, --storage.profile, or the role of the machine"
 _ADVICE = {
     "NoSuchBucket": "create the bucket, or check its name and the endpoint (--storage.endpoint-url)",
@@ -536,8 +564,14 @@ _ADVICE = {
     "NoCredentialsError": f"no credentials were found: {_CREDENTIALS}",
     "PartialCredentialsError": f"half of the credentials is missing: {_CREDENTIALS}",
     "ProfileNotFound": "name a profile that is in ~/.aws/config or ~/.aws/credentials",
+    "ParamValidationError": "check the bucket's name",
+    "UnauthorizedSSOTokenError": "log in anew: aws sso login",
+    "ConfigParseError": "mend ~/.aws/config or ~/.aws/credentials",
+    "NotImplemented": _NO_CREATE,
 }
-_ADVICE |= {"403": _ADVICE["AccessDenied"], "InvalidToken": _ADVICE["ExpiredToken"]}
+_ADVICE |= {"403": _ADVICE["AccessDenied"], "InvalidToken": _ADVICE["ExpiredToken"], "501": _NO_CREATE}
+_ADVICE["SSOTokenLoadError"] = _ADVICE["UnauthorizedSSOTokenError"]
+_ADVICE["InvalidConfigError"] = _ADVICE["ConfigParseError"]
 _ERRNO_ADVICE = {
     errno.ENOSPC: "the disk is full: free some space or choose another directory",
     errno.EDQUOT: "the disk quota is used up: free some space or choose another directory",
@@ -551,6 +585,7 @@ _ERRNO_ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter path",
 }
 _TRANSIENT = {"RequestTimeout", "SlowDown", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
+_TRANSIENT |= {"Throttling", "ThrottlingException", "RequestLimitExceeded"}
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -594,10 +629,20 @@ def _describe(error: BaseException) -> str:
     return mask(" ".join(text.split()))[:300]
 
 
+_USER = re.compile(r"""(?<=://)[^/\s"']*:[^/\s"']*@|(?<=http://)[^/\s"']+@|(?<=https://)[^/\s"']+@""")
+_KEY = re.compile(r"""(?i)((?:signature|token|credential|secret|password|pwd|[?&]sig)[\w-]*=)[^&\s"']+""")
+
+
 def mask(text: str) -> str:
-    """The text without user:password@ of an address and without signatures and passwords of a query."""
-    text = re.sub(r"(?<=://)[^/\s\"']+@", "***@", text)
-    return re.sub(r"(?i)((?:signature|token|credential|secret|password|pwd|[?&]sig)[\w-]*=)[^&\s\"']+", r"\1***", text)
+    """The text without user:password@ of an address (or user@, which may be a token, of a web page's), and without
+    signatures and passwords of a query.
+    """
+    return _KEY.sub(r"\1***", _USER.sub("***@", text))
+
+
+def carries_credentials(url: str) -> bool:
+    """Whether there are any in it: abfs://container@account and a path with token=1 in it have none."""
+    return bool(_USER.search(url) or _KEY.search(url[url.find("?") :] if "?" in url else ""))
 
 
 def _checked(name: str) -> str:

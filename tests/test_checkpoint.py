@@ -110,8 +110,8 @@ def test_falls_back_to_the_checkpoint_before(checkpoints: Checkpoints, damage: s
     record, loaded = checkpoints.newest()
     assert record.step == 1
     assert same(loaded, parts(1))
-    if damage != "record":
-        assert "trying the checkpoint before it" in capsys.readouterr().out
+    said = "it is left out" if damage == "record" else "trying the checkpoint before it"
+    assert said in capsys.readouterr().out
 
 
 def test_all_damaged_is_an_error_that_names_them(checkpoints: Checkpoints) -> None:
@@ -119,6 +119,34 @@ def test_all_damaged_is_an_error_that_names_them(checkpoints: Checkpoints) -> No
     for name in data_files(checkpoints):
         checkpoints.store.write(name, b"x")
     with pytest.raises(DamagedCheckpoint, match=r"none of the 2 checkpoints is whole.*step 2.*step 1"):
+        checkpoints.newest()
+
+
+def test_a_reader_beside_training_takes_a_newer_one_for_what_retention_deletes(checkpoints: Checkpoints) -> None:
+    commit(checkpoints, 10, 17, keep_last=1, keep_every=10)
+    writer, read_part = checkpoints.claim({}), checkpoints._read_part
+
+    def later(record, part):
+        if record.step == 17 and writer.records[-1].step != 18:
+            writer.save(18, parts(18), {}, 1, 10)
+            writer.wait()
+        return read_part(record, part)
+
+    checkpoints._read_part = later  # type: ignore[method-assign]
+    assert checkpoints.newest(parts=("model",))[0].step == 18
+    writer.close()
+
+
+def test_what_is_not_ours_and_a_broken_claim_are_passed_over(checkpoints: Checkpoints, capsys) -> None:
+    checkpoints.store.write("log/notes.txt", b"mine")
+    checkpoints.claim({}).close()
+    checkpoints.store.write("log/00000002.json", b"")  # a crash on a store whose writes are not atomic
+    assert checkpoints.newest() is None
+    assert "00000002.json is no checkpoint record" in capsys.readouterr().out
+    commit(checkpoints, 1)
+    assert checkpoints.newest()[0].step == 1
+    checkpoints.store.write(checkpoints.newest()[0].name, b"x")
+    with pytest.raises(DamagedCheckpoint, match="Begin anew"):
         checkpoints.newest()
 
 

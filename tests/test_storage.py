@@ -13,7 +13,7 @@ from conftest import small_disk
 from s3 import FAULTS, KEY, SECRET, FaultProxy, credentials, s3  # noqa: F401
 
 import pipeline.storage as storage
-from pipeline.storage import StorageConfig, StorageError, Store
+from pipeline.storage import StorageConfig, StorageError, Store, carries_credentials, mask
 
 
 @pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.s3)])
@@ -27,7 +27,7 @@ def store(request, tmp_path):
 
 
 def test_operations(store):
-    store.check(write=True)
+    store.check(write=True, once=True)
     assert store.list() == []
     assert not store.exists("a")
     store.write("a", b"old")
@@ -99,10 +99,68 @@ def test_url_forms(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Store("x").read("k") == b"1"
     assert Store("x/").child("y").url == "x/y"
+    assert [Store(url).child("y").url for url in ("/", "file:///", "memory://")] == ["/y", "file:///y", "memory://y"]
     for url in ("s3://", "s3://key:pass@bucket/x", "ftp://user:pass@host/x", "nosuchscheme://x"):
         with pytest.raises(ValueError, match="storage URL") as caught:
             Store(url)
         assert "pass" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("http://me:hunter2@host:1/x", "http://***@host:1/x"),
+        ("postgresql://me:p@hunter2@host/db", "postgresql://***@host/db"),
+        ("https://hunter2@host/x", "https://***@host/x"),
+        ("https://host/x?sig=hunter2&part=1", "https://host/x?sig=***&part=1"),
+        ("https://host/x?X-Amz-Signature=hunter2", "https://host/x?X-Amz-Signature=***"),
+        ("mysql://host/db?password=hunter2", "mysql://host/db?password=***"),
+    ],
+)
+def test_credentials_are_masked_and_refused(text, masked):
+    assert mask(text) == masked
+    assert carries_credentials(text)
+
+
+def test_what_only_looks_like_credentials_is_none():
+    for url in (
+        "abfs://container@account.dfs.core.windows.net/x",
+        "s3://b/a@b/c",
+        "/data/tokens=4096/x",
+        "sftp://me@h/x",
+    ):
+        assert not carries_credentials(url)
+    assert mask("s3://b/a@b/c: 404 at 10:30") == "s3://b/a@b/c: 404 at 10:30"
+
+
+def test_a_store_that_overwrites_is_for_data_only(monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    real = MemoryFileSystem.pipe_file
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda self, path, value, mode="": real(self, path, value))
+    store = Store("memory://overwrites")
+    store.check(write=True)
+    with pytest.raises(StorageError, match="overwrites what must be created once"):
+        store.check(write=True, once=True)
+    assert not store._backend.names("")
+
+
+def test_folders_that_cannot_be_read_are_no_empty_ones(tmp_path, monkeypatch):
+    store = Store(tmp_path, StorageConfig(deadline_s=1.0))
+    store.write("log/1", b"")
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "private").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) in ("lost+found", "private"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert store.list("log/") == store.list("lo") == ["log/1"]
+    with pytest.raises(StorageError, match=r"private.*check the owner"):
+        store.list()
 
 
 def test_config_refuses_secrets():
