@@ -1,4 +1,4 @@
-"""Does the sampled bits/dim keep its word? `python benchmarks/nll.py RUN [--images 64] [--seeds 200]`.
+"""Does the sampled bits/dim keep its word? `python -m benchmarks.nll RUN [--images 64] [--seeds 200]`.
 
 Takes some validation images as the whole population and computes their exact bits/dim. Then, for each seed, draws half
 as many of them with replacement, as an evaluation draws images from a distribution, and estimates. Printed: whether

@@ -54,9 +54,10 @@ class Study:
     values: tuple[str, ...]
     """The sizes: values of the axis, one run or more each."""
     budgets: tuple[float, ...]
-    """FLOPs of training (forward and backward, 2 per MAC) at which each size is measured."""
+    """FLOPs of training (forward and backward, 2 per MAC) at which each size is measured. Later ones come last: with
+    `separate` a budget's place in the list makes its seeds, so that those before it stay what they are."""
     axis: str = "model.channels"
-    """Field of the training configuration that the values are of."""
+    """Field of the network's configuration that the values are of."""
     preset: str = "digits"
     """Preset that the runs start from."""
     seeds: tuple[int, ...] = (1,)
@@ -76,8 +77,24 @@ class Study:
     def __post_init__(self) -> None:
         if not self.values or len(set(self.values)) < len(self.values):
             raise ValueError(f"values: got {self.values}, expected one or more, each once")
-        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)) or self.budgets[0] <= 0:
-            raise ValueError(f"budgets: got {self.budgets}, expected one or more positive FLOPs, rising")
+        if not self.budgets or len(set(self.budgets)) < len(self.budgets) or min(self.budgets) <= 0:
+            raise ValueError(f"budgets: got {self.budgets}, expected one or more positive FLOPs, each once")
+        if not self.separate and list(self.budgets) != sorted(self.budgets):
+            raise ValueError(
+                f"budgets: got {self.budgets}, expected rising ones, which a run passes one after the other"
+            )
+        if not self.axis.startswith("model."):
+            raise ValueError(
+                f"axis: got {self.axis!r}, expected a field that sets the network's size: model.channels, …"
+            )
+        for section, flags, own in (
+            ("train", self.train, ("lr", "seed", "out", "horizon")),
+            ("evaluate", self.evaluate, ("step", "against", "against-step", "out")),
+        ):
+            if given := {f"--{name}" for name in own} & set(flags):
+                raise ValueError(f"{section}: got {', '.join(sorted(given))}, which a study sets for each of its runs")
+        if "--target-se" in self.evaluate:
+            raise ValueError("evaluate.target_se: points of different numbers of images do not compare; give `images`")
         if len(self.seeds) not in (1, len(self.values)) or min(self.seeds) < 1:
             raise ValueError(f"seeds: got {self.seeds}, expected one number, or one for each of the values, 1 or more")
 
@@ -163,7 +180,10 @@ def load_study(path: Path) -> Study:
                 section = ""
         sections[section].append(word)
     study = parse_flags(Study, sections[""], f"{Study.__doc__} ({path})")
-    return replace(study, train=tuple(sections["train"]), evaluate=tuple(sections["evaluate"]))
+    try:
+        return replace(study, train=tuple(sections["train"]), evaluate=tuple(sections["evaluate"]))
+    except ValueError as error:
+        fail_usage(error)
 
 
 @dataclass(frozen=True)
@@ -223,9 +243,18 @@ class Plan(OfStudy):
             raise ValueError(f"--utilisation: got {self.utilisation}, expected a part of the peak, in (0, 1]")
 
 
+def count_sizes(study: Study) -> dict[str, Cost]:
+    """Of each value; ValueError where two have as many parameters, which the fits would take for one network."""
+    costs = {value: count(next(r for r in study.runs if r.value == value).config) for value in study.values}
+    if len({cost.parameters for cost in costs.values()}) < len(costs):
+        shown = ", ".join(f"{value}: {cost.parameters:,}" for value, cost in costs.items())
+        raise ValueError(f"values: got networks with as many parameters as others ({shown}), expected different sizes")
+    return costs
+
+
 def plan(options: Plan) -> None:
     study = load_study(options.study)
-    costs = {value: count(next(r for r in study.runs if r.value == value).config) for value in study.values}
+    costs = count_sizes(study)
     peak, price, source = _speed(options, study)
     images = _training_images(study)
     sizes = f"{len(study.runs)} runs of {len(study.values)} sizes ({study.axis})"
@@ -341,6 +370,7 @@ def execute(options: Execute) -> int:
     if options.only is not None:
         return _one(study, _find(study, options.only), shlex.split(options.prefix))
     command = ["python", "-m", "jobs.study", "run", str(options.study), "--only"]
+    count_sizes(study)
     todo = [run for run in study.runs if missing(study, run)]
     print(f"{study.name}: {len(study.runs) - len(todo)} of {len(study.runs)} runs are done", flush=True)
     if not todo:
@@ -435,14 +465,24 @@ def _prepare(study: Study) -> None:
     """What must be there before many runs start at once, or no run needs to: the data, what images are measured by,
     the MLflow database, the runs' parent.
     """
+    from pipeline.data import load_index
     from pipeline.evaluate import image_tools
     from pipeline.world import World
 
     config, options = study.runs[0].config, study.evaluation
+    rates = (None, 0, *config.ema_rates)
+    if options.ema_rate not in rates:
+        raise ValueError(
+            f"evaluate.ema_rate: got {options.ema_rate}, the runs have {', '.join(map(str, rates[2:]))}, or 0"
+        )
     study.store.check(write=True, once=True)
     provide_digits(config)
+    data = Store(options.data or config.data.url, config.storage)
+    if "nll" in options.wanted:
+        options.plan.check(config.diffusion.timesteps)
+        load_index(data, options.split)
     if options.wanted - {"nll"}:
-        image_tools(options, config, Store(options.data or config.data.url, config.storage), World())
+        image_tools(options, config, data, World())
     tracking = config.tracking
     if tracking.uri == "none":
         return
@@ -455,7 +495,8 @@ def _prepare(study: Study) -> None:
 
 
 def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
-    """Train a run to each of its budgets in turn, and measure it there."""
+    """Train a run to each of its budgets in turn, and measure it there, or else at the budgets where that works."""
+    problems = []
     for budget in missing(study, run):
         children = Children()
         if status := children.run([*prefix, *run.command(budget)]):
@@ -464,7 +505,12 @@ def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
         children.let_go()
         if children.stop:
             return INTERRUPTED
-        measure(study, run, budget)
+        try:
+            measure(study, run, budget)
+        except ValueError as error:
+            problems.append(f"{run.name} cannot be measured at {budget:.4g} FLOPs: {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
     return 0
 
 
@@ -602,14 +648,16 @@ class Report(OfStudy):
 
 
 def load_points(study: Study) -> "dict[str, list[ComputePoint]]":
-    """What is measured of the study's own runs, by metric."""
+    """What is measured of the study's own runs as it says, by metric."""
     from pipeline.scaling import ComputePoint
 
     there = set(study.store.list("points/"))
     found: dict[str, list[ComputePoint]] = {}
     for name in (run.point(budget) for run in study.runs for budget in run.budgets):
-        for point in json.loads(study.store.read(name))["points"] if name in there else []:
-            found.setdefault(point["name"], []).append(ComputePoint(**point))
+        content = json.loads(study.store.read(name)) if name in there else None
+        if content and content["evaluate"] == list(study.evaluate):
+            for point in content["points"]:
+                found.setdefault(point["name"], []).append(ComputePoint(**point))
     return found
 
 

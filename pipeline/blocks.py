@@ -30,8 +30,9 @@ class Blocks:
         self.world, self.store = world, store
         text = json.dumps(identity, sort_keys=True, default=str)
         self.prefix = f"evaluation/{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}-"
-        self.found: list[Block] = self._load() if world.rank == 0 else []
+        self.found: list[Block] = []
         """On rank 0; the others have none."""
+        world.alone(self._load)
         self.kept = len(self.found)
 
     def extend(
@@ -51,20 +52,21 @@ class Blocks:
         ) as bar:
             while True:
                 done = world.rank == 0 and enough(self.found)
-                first = world.broadcast_object(count if done else len(self.found))
+                due = time.monotonic() - saved > SAVE_S
+                first, due = world.broadcast_object((count if done else len(self.found), due))
                 bar.update(first - bar.n)
                 if first >= count:
                     break
+                if due:
+                    world.alone(self._save)
+                    saved = time.monotonic()
                 number = first + world.rank
                 work: Callable[[], Block | None] = partial(measure, number) if number < count else lambda: None
                 for block in world.together(work):
                     # In a larger world, too, what comes after the last one needed is dropped.
                     if world.rank == 0 and block and not enough(self.found):
                         self.found.append(block)
-                if time.monotonic() - saved > SAVE_S:
-                    self._save()
-                    saved = time.monotonic()
-        self._save()
+        world.alone(self._save)
 
     def delete(self) -> None:
         """From the store."""
@@ -80,10 +82,10 @@ class Blocks:
             self.store.write(f"{self.prefix}{self.kept:08d}.safetensors", save(tensors))
             self.kept = len(self.found)
 
-    def _load(self) -> list[Block]:
-        """The blocks that are there, up to the first that is not."""
+    def _load(self) -> None:
+        """Find the blocks that are there, up to the first that is not."""
         if not self.store:
-            return []
+            return
         blocks: dict[int, Block] = {}
         for file in self.store.list(self.prefix):
             try:
@@ -93,7 +95,5 @@ class Blocks:
             for key, tensor in tensors.items():
                 number, _, name = key.partition(".")
                 blocks.setdefault(int(number), {})[name] = tensor
-        found: list[Block] = []
-        while block := blocks.get(len(found)):
-            found.append(block)
-        return found
+        while block := blocks.get(len(self.found)):
+            self.found.append(block)

@@ -6,6 +6,7 @@ Precedence: preset < YAML file (`--config`) < flags.
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,11 @@ T = TypeVar("T")
 
 INTERRUPTED = "interrupted.json"
 """In a run's folder where a signal stopped it: by this, whoever started it decides whether to start it again."""
+
+
+def slurm_attempt() -> str:
+    """Which start of which Slurm job this is part of, if any: a mark of an earlier one says nothing of this one."""
+    return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class LaunchConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; 'auto' takes a GPU where there is one."""
     compile: bool = False
-    """Fuse normalisation and activation by torch.compile, which takes ten seconds at the first step: for long runs."""
+    """Fuse normalisation and activation by torch.compile, half a minute's work at the first step: for long runs."""
     checkpoint_activations: bool = False
     """Training computes activations anew in the backward pass: much less memory, for about a third more time."""
 

@@ -119,6 +119,8 @@ class EvaluateConfig:
         if self.out and not (self.exact or self.chain):
             raise ValueError("--out: writes the terms by timestep, which only --exact and --chain know")
         self.plan  # noqa: B018  # raises what is wrong with it
+        if (self.against or self.against_step is not None) and (self.chain or "").startswith("best"):
+            raise ValueError("--chain best: is chosen for one model, and flatters it; measure each by itself")
 
     @property
     def wanted(self) -> set[str]:
@@ -149,12 +151,13 @@ def main(config: EvaluateConfig, world: World) -> None:
     if config.against or config.against_step is not None:
         models.append(load(config.against or config.run, ema_rate=config.ema_rate, step=config.against_step))
     found = measure(models, config, world, keep=True)
-    if world.rank != 0:
-        return
-    for value in found:
-        print(value)
-    own = [value for value in found if not value.name.endswith("_difference")]
-    track(models[0], own, config)
+
+    def tell() -> None:
+        for value in found:
+            print(value)
+        track(models[0], [value for value in found if not value.name.endswith("_difference")], config)
+
+    world.alone(tell)
 
 
 def measure(models: Sequence[Trained], config: EvaluateConfig, world: World, keep: bool) -> list[Measured]:
@@ -184,9 +187,11 @@ def _nll(
             index.num_samples,
             world,
             store=Store(config.run, config.storage) if keep else None,
-            identity=[index.digest, [[m.meta.get("uid"), m.step, m.ema_rate] for m in models]],
+            identity=[index.digest, [m.identity for m in models]],
             progress=keep and world.rank == 0,
         )
+    if config.out:
+        world.alone(partial(write_out, config.out, _terms_csv(nll), config.storage))
     if world.rank != 0:
         return []
     shared = {"n": nll.total.shape[1], "split": config.split, "data": index.digest[:16], "seed": config.seed}
@@ -202,8 +207,6 @@ def _nll(
         verdict = "lower" if value < 0 else "higher"
         clear = abs(value) > found[-1].standard_error * 1.96 if found[-1].standard_error else False
         print(f"the first is {verdict}, {'clearly' if clear else 'but not significantly'} (95 %)")
-    if config.out:
-        write_out(config.out, _terms_csv(nll), config.storage)
     return found
 
 
@@ -222,7 +225,7 @@ def _image_metrics(
         raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only their moments")
     images = {"n": config.samples, "ema": trained.ema_rate, **asdict(recipe), "features": features.digest}
     store = Store(config.run, config.storage) if keep else None
-    blocks = Blocks(world, store, "images", [trained.meta.get("uid"), trained.step, config.batch_size, images])
+    blocks = Blocks(world, store, "images", [trained.identity, config.batch_size, images])
 
     def draw(number: int) -> Block:
         lo = number * config.batch_size
@@ -231,10 +234,13 @@ def _image_metrics(
         return features.see(drawn)
 
     blocks.extend(math.ceil(config.samples / config.batch_size), draw, progress="sampling")
-    values = world.alone(lambda: image_metrics(blocks.found, reference, features, wanted, config.neighbours))
-    if world.rank != 0:
-        return []
-    blocks.delete()  # some 12 KB an image
+
+    def finish() -> dict[str, tuple[float, dict[str, Any]]]:
+        values = image_metrics(blocks.found, reference, features, wanted, config.neighbours)
+        blocks.delete()  # some 12 KB an image
+        return values
+
+    values = world.alone(finish)
     passport = images | {"reference": reference.digest}
     return [
         Measured(features.metric(name), value, trained.step, passport | more) for name, (value, more) in values.items()

@@ -74,8 +74,7 @@ def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> 
             # In the main thread, fit() would replace the handler of SIGINT.
             outcome = thread.submit(trainer.fit).result().return_value  # type: ignore[attr-defined]
         except TrainingFailedError as error:
-            print(f"error: after {config.retries} retries: {error}", file=sys.stderr)
-            return 1
+            outcome = ray.get(flag.why.remote()) or f"after {config.retries} retries: {error}"
     if isinstance(outcome, str):
         print(f"error: {outcome}", file=sys.stderr)
         return 1
@@ -83,13 +82,15 @@ def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> 
 
 
 def _stop_flag() -> Any:
-    """An actor by which this process, where signals arrive, tells the workers that wait for one."""
+    """An actor by which this process, where signals arrive, tells the workers that wait for one; and by which one that
+    fails for good tells those that Ray starts next.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Flag:  # here, so that its process need not import what this module does
         def __init__(self) -> None:
-            self.event, self.waiting = asyncio.Event(), 0
+            self.event, self.waiting, self.verdict = asyncio.Event(), 0, ""
 
         async def set(self) -> int:
             self.event.set()
@@ -98,6 +99,12 @@ def _stop_flag() -> Any:
         async def wait(self) -> None:
             self.waiting += 1
             await self.event.wait()
+
+        async def give_up(self, why: str) -> None:
+            self.verdict = why
+
+        async def why(self) -> str:
+            return self.verdict
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Flag).options(num_cpus=0, scheduling_strategy=here).remote()
@@ -111,6 +118,8 @@ def _work(body: Callable[[World], int | None], config: LaunchConfig, folder: str
     def on_signal(call: Callable[[], None]) -> None:
         flag.wait.remote().future().add_done_callback(lambda told: None if told.exception() else call())
 
+    if why := ray.get(flag.why.remote()):
+        return why
     if Path(folder).is_dir():
         os.chdir(folder)
     context = ray.train.get_context()
@@ -128,6 +137,7 @@ def _work(body: Callable[[World], int | None], config: LaunchConfig, folder: str
         with together(world):
             return body(world)
     except (ValueError, StaleAttempt) as error:
+        ray.get(flag.give_up.remote(str(error)))  # the others may be ended before they hear of it, which Ray retries
         return str(error)
     except RankFailure as failure:
         if failure.confessed:  # that rank itself tells Ray whether to try again

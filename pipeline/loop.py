@@ -1,7 +1,7 @@
 """The training loop. `train` reads top to bottom: status, stop?, checkpoint, batch, step, EMA, log.
 
 What a step computes depends on each sample's position in the run (one integer), never on the rank or the microbatch
-that it fell to, so any number of workers trains the same run.
+that it fell to, so any number of workers trains the same run (but for dropout's masks, which are each rank's own).
 """
 
 import json
@@ -23,14 +23,22 @@ from iddpm.ema import EMA
 from iddpm.flops import train_flops
 from iddpm.noise import normal, stream_key, uniform
 from iddpm.timesteps import make_sampler
-from pipeline.checkpoint import Checkpoints, Parts, Writer
-from pipeline.config import INTERRUPTED, TrainConfig, check_metrics, check_same_run, horizon_steps, record
+from pipeline.checkpoint import Checkpoints, Parts, StaleAttempt, Writer
+from pipeline.config import (
+    INTERRUPTED,
+    TrainConfig,
+    check_metrics,
+    check_same_run,
+    horizon_steps,
+    record,
+    slurm_attempt,
+)
 from pipeline.data import Batch, Cache, ShardIndex, epoch_digests, expected_digest, load_index, stream
 from pipeline.evaluate import EvaluateConfig, log_measured, measure
 from pipeline.hardware import device_name, peak_flops
 from pipeline.sample import Recipe, Trained, autocast, build_model, draw, ema_part, grid_png, image_shape, with_weights
 from pipeline.storage import Store
-from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir, run_name
+from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir, read_journal, run_name
 from pipeline.world import World
 
 QUARTILES = 4
@@ -256,6 +264,8 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
         f"{f' of {steps}' if meta else ''}; launcher {world.launcher}, {world.size} x {device_name(world.device)}"
     )
     if state.step >= steps:
+        if state.step == steps:
+            world.alone(lambda: _settle(config, run, index, meta))
         world.say(f"already complete at step {state.step}; a longer --horizon continues it")
         return "finished"
 
@@ -378,30 +388,21 @@ def _recording(
     tracker, writer = opened[0] if opened else (None, None)
     try:
         yield tracker, writer
-    except BaseException:
+    except BaseException as error:
         world.leaving()
         if tracker and writer:
             with suppress(Exception):  # what is being committed was good; its own failure is not the first
                 writer.close()
             with suppress(Exception):
-                tracker.close("FAILED")
+                stale = isinstance(error, StaleAttempt)  # the run is another attempt's, and goes on
+                tracker.close(None if stale else "FAILED")
         raise
 
 
 def _begin(
     config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any], world: World
 ) -> tuple[Tracker, Writer]:
-    folder = journal_dir(config.out)
-    if run.local is None:
-        fetch_journal(run, folder)
-    tracker = Tracker(
-        folder,
-        config.tracking,
-        uid=meta.get("uid") or find_uid(folder, record(config)),
-        name=config.tracking.name or run_name(config.out),
-        run_config=record(config),
-        dataset={"url": config.data.url, "name": index.source, "digest": index.digest},
-    )
+    tracker = _tracker(config, run, index, meta)
     writer = Checkpoints(run).claim({"launcher": world.launcher, "world_size": world.size})
     tracker.tags(
         {
@@ -415,13 +416,37 @@ def _begin(
     return tracker, writer
 
 
+def _tracker(config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any]) -> Tracker:
+    folder = journal_dir(config.out)
+    if run.local is None:
+        fetch_journal(run, folder)
+    return Tracker(
+        folder,
+        config.tracking,
+        uid=meta.get("uid") or find_uid(folder, record(config)),
+        name=config.tracking.name or run_name(config.out),
+        run_config=record(config),
+        dataset={"url": config.data.url, "name": index.source, "digest": index.digest},
+    )
+
+
+def _settle(config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any]) -> None:
+    """Close the history of a run whose last attempt died between its last checkpoint and its end; on rank 0."""
+    journal = read_journal(run.local or run)
+    states = [r.get("status") for r in journal if r["kind"] in ("status", "metrics", "tags")]
+    if states and states[-1] != "FINISHED":
+        tracker = _tracker(config, run, index, meta)
+        tracker.close("FINISHED")
+        _copy_journal(tracker, run)
+
+
 def _end(run: Store, writer: Writer | None, tracker: Tracker | None, interrupted_at: int | None = None) -> None:
     """Close what training has written, whole; on rank 0."""
     assert writer
     assert tracker
     writer.close()
     if interrupted_at is not None:
-        run.write(INTERRUPTED, json.dumps({"step": interrupted_at}).encode())
+        run.write(INTERRUPTED, json.dumps({"step": interrupted_at, "attempt": slurm_attempt()}).encode())
     tracker.close("FINISHED" if interrupted_at is None else "KILLED")
     _copy_journal(tracker, run)
 

@@ -10,7 +10,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -314,16 +314,18 @@ class Reference:
 def dataset_reference(data: Store, index: ShardIndex, features: Features, world: World, cache: Cache) -> Reference:
     """All images of a split. Their moments are kept beside the shards, under the digests of data and network."""
     name = f"{CACHE}/{index.split}-{index.digest}-{features.digest}.npz"
-    found = None
-    if world.rank == 0:
-        with suppress(FileNotFoundError):
-            found = read_moments(data.read(name))
-    found = world.broadcast_object(found)
+
+    def kept() -> tuple[np.ndarray, np.ndarray] | None:
+        try:
+            return read_moments(data.read(name))
+        except FileNotFoundError:
+            return None
+
+    found = world.alone(kept)
     if found is None:
         own = np.arange(*world.share(index.num_samples))
         found = moments_of(_images(data, index, cache, own), features, world).mean_covariance()
-        if world.rank == 0:
-            _keep(data, name, moments_npz(*found))
+        world.alone(partial(_keep, data, name, moments_npz(*found)))
     return Reference(f"{index.split}-{index.digest[:16]}", found, partial(spread_images, data, index, cache))
 
 
@@ -353,12 +355,12 @@ def npz_reference(
         with np.load(file, allow_pickle=False) as npz:
             names = set(npz.files)
             if not names & {"arr_0", "mu"}:
-                raise ValueError(f"--reference {url}: holds {sorted(names)}, expected arr_0, or mu and sigma")
+                raise ValueError(f"--reference {mask(url)}: holds {sorted(names)}, expected arr_0, or mu and sigma")
             if "mu" in names and features.name == "inception":
                 moments = npz["mu"], npz["sigma"]
             elif "arr_0" not in names:
                 raise ValueError(
-                    f"--reference {url}: its mu and sigma are of Inception's features, not of {features.name}'s"
+                    f"--reference {mask(url)}: its mu and sigma are of Inception's features, not of {features.name}'s"
                 )
             else:
                 drawn = npz_images(file, batch_size, world.rank, world.size)

@@ -55,13 +55,20 @@ class NllPlan:
     timesteps_per_call: int = 32
 
     def __post_init__(self) -> None:
-        count = (self.chain or "1").removeprefix("best")
+        count, best = (self.chain or "1").removeprefix("best"), (self.chain or "").startswith("best")
         if not count.isdecimal() or int(count) < 1:
             raise ValueError(f"--chain: got {self.chain!r}, expected a number of steps, as in 25, or best25")
+        if best and not 2 <= int(count) <= PATH_GRID:
+            raise ValueError(f"--chain: got {self.chain!r}, expected best2 to best{PATH_GRID}")
         if self.target_se is not None and not self.target_se > 0:
             raise ValueError(f"--target-se: got {self.target_se}, expected bits/dim above 0")
         if self.draws < 1:
             raise ValueError(f"--draws: got {self.draws}, expected 1 or more")
+
+    def check(self, timesteps: int) -> None:
+        """ValueError where a model of T timesteps has no such chain."""
+        if self.chain and int(self.chain.removeprefix("best")) > timesteps:
+            raise ValueError(f"--chain: got {self.chain}, but the run has {timesteps} timesteps")
 
     @property
     def name(self) -> str:
@@ -252,10 +259,9 @@ def _prepare(models: Sequence[Trained], plan: NllPlan, read: Read, ids: np.ndarr
     timesteps, evaluations = list(range(config.timesteps)), 0
     probabilities = torch.zeros(0, dtype=torch.float64)
     if plan.chain:
-        count = int(plan.chain.removeprefix("best"))
-        if count > config.timesteps:
-            raise ValueError(f"--chain: got {plan.chain}, but the run has {config.timesteps} timesteps")
+        plan.check(config.timesteps)
         if plan.chain.startswith("best"):
+            count = int(plan.chain.removeprefix("best"))
             timesteps = _best_timesteps(models[0], config, count, inputs, device)
             evaluations = min(PATH_GRID, config.timesteps) * len(ids)
         else:

@@ -37,6 +37,13 @@ class Trained:
     meta: dict[str, Any]
     ema_rate: float
     model: Model
+    digest: str = ""
+    """sha256 of the weights' file."""
+
+    @property
+    def identity(self) -> list[object]:
+        """All that measurements of it depend on."""
+        return [self.meta.get("uid"), self.step, self.ema_rate, self.digest]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -135,7 +142,8 @@ def load_trained(
     model.load_state_dict(parts[part])
     if fuse:
         model.fuse()
-    return Trained(config, record.step, record.meta, rate, model.to(world.device).eval())
+    digest = record.parts[part]["sha256"]
+    return Trained(config, record.step, record.meta, rate, model.to(world.device).eval(), digest)
 
 
 def build_model(config: TrainConfig) -> UNet:
@@ -400,15 +408,20 @@ def main(config: SampleConfig, world: World) -> None:
             batch_size=config.batch_size,
             progress=True,
         )
-    if images is None:
-        return
-    if config.out.endswith(".npz"):
-        kinds = _classes(run, config.classes, torch.device("cpu"))
-        data = batch_npz(images, kinds[torch.arange(len(images)) % len(kinds)] if kinds is not None else None)
-    else:
-        data = grid_png(images.flatten(0, 1) if config.progressive else images, columns)
-    write_out(config.out, data, config.storage)
-    print(
+
+    def write() -> None:
+        assert images is not None, "rank 0 has them"
+        if config.out.endswith(".npz"):
+            kinds = _classes(run, config.classes, torch.device("cpu"))
+            if kinds is not None:
+                kinds = kinds[torch.arange(len(images)) % (1 if config.between else len(kinds))]
+            data = batch_npz(images, kinds)
+        else:
+            data = grid_png(images.flatten(0, 1) if config.progressive else images, columns)
+        write_out(config.out, data, config.storage)
+
+    world.alone(write)
+    world.say(
         f"{config.count} images, {recipe.sampler}, {steps} steps, EMA {trained.ema_rate:g}, step {trained.step}:"
         f" {config.out}"
     )

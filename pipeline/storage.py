@@ -629,7 +629,10 @@ def _describe(error: BaseException) -> str:
     return mask(" ".join(text.split()))[:300]
 
 
-_USER = re.compile(r"""(?<=://)[^/\s"']*:[^/\s"']*@|(?<=http://)[^/\s"']+@|(?<=https://)[^/\s"']+@""")
+# A password may have "/" in it, where the server that it is for does not mind; what looks like a port has none.
+_USER = re.compile(
+    r"""(?<=://)(?:[^/\s"']*:[^/\s"']*|[^/\s"':@]*:(?!\d{1,5}/)[^\s"'@]*)@|(?<=http://)[^/\s"']+@|(?<=https://)[^/\s"']+@"""
+)
 _KEY = re.compile(r"""(?i)((?:signature|token|credential|secret|password|pwd|[?&]sig)[\w-]*=)[^&\s"']+""")
 
 

@@ -3,10 +3,11 @@
 `Tracker.log` appends a line to `journal.jsonl` and returns. A thread ships the journal's lines to MLflow and
 remembers how far it came, so that a tracking server that is slow, dead or restarted neither holds training up nor
 leaves a gap. A resumed run repeats steps that the journal already has: those are not written a second time.
-`python -m pipeline.tracking RUN_DIR` ships what is left. A remote run's URL gets a copy with each checkpoint, from
+`python -m pipeline.tracking RUN` ships what is left. A remote run's URL gets a copy with each checkpoint, from
 training alone: an evaluation elsewhere puts its line into a file of its own beside it, which every reader adds.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,7 +24,7 @@ from typing import Any
 import tyro
 
 from pipeline.config import TrackingConfig, flatten, parse_flags
-from pipeline.storage import Store, mask
+from pipeline.storage import StorageConfig, Store, mask
 
 JOURNAL = "journal.jsonl"
 EVALUATIONS = "evaluations/"  # folder beside the copy under a remote run's URL
@@ -397,19 +398,31 @@ def _first_line(error: BaseException) -> str:
 class ShipConfig:
     """Send a run's journal to MLflow: all that has not arrived."""
 
-    folder: tyro.conf.Positional[Path]
-    """The folder that holds journal.jsonl."""
+    run: tyro.conf.Positional[str]
+    """The run: its --out, a folder or URL; or the folder that a warning named."""
     uri: str | None = None
     """MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
     wait_s: float = 300.0
     """Longest time to try, in seconds."""
+    storage: StorageConfig = dataclasses.field(default_factory=StorageConfig)
 
 
 def main() -> None:
     config = parse_flags(ShipConfig, sys.argv[1:], ShipConfig.__doc__ or "")
-    if not (config.folder / JOURNAL).exists():
-        raise SystemExit(f"error: {config.folder}: no {JOURNAL} there; give a run's folder")
-    shipper = Shipper(config.folder, TrackingConfig(uri=config.uri, flush_s=config.wait_s))
+    try:
+        run, folder = Store(config.run, config.storage), journal_dir(config.run)
+        if run.local is None:
+            fetch_journal(run, folder)
+            for record in read_journal(folder):
+                if record["kind"] == "image" and not (picture := folder / record["file"]).exists():
+                    picture.parent.mkdir(exist_ok=True)
+                    with contextlib.suppress(FileNotFoundError):
+                        picture.write_bytes(run.read(record["file"]))
+        if not (folder / JOURNAL).exists():
+            raise ValueError(f"{run}: no {JOURNAL} there; expected the --out of a run")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    shipper = Shipper(folder, TrackingConfig(uri=config.uri, flush_s=config.wait_s))
     shipper.close()
     raise SystemExit(0 if shipper.done else 1)
 

@@ -1,11 +1,12 @@
 """`python -m pipeline.train`: the command line over `pipeline.loop`, under any launcher."""
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import INTERRUPTED, TrainConfig, horizon_steps, parse_train, record
+from pipeline.config import INTERRUPTED, TrainConfig, horizon_steps, parse_train, record, slurm_attempt
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
@@ -41,7 +42,11 @@ def run(config: TrainConfig, world: "World") -> int:
 
 def was_interrupted(config: TrainConfig) -> bool:
     """Whether a signal stopped the run's last attempt: its own word, where a launcher hides its exit status."""
-    return Store(config.out, config.storage).exists(INTERRUPTED)
+    try:
+        mark = json.loads(Store(config.out, config.storage).read(INTERRUPTED))
+    except FileNotFoundError:
+        return False
+    return bool(mark["attempt"] == slurm_attempt())
 
 
 def provide_digits(config: TrainConfig) -> None:

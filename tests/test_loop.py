@@ -22,7 +22,7 @@ from pipeline.checkpoint import Checkpoints, DamagedCheckpoint
 from pipeline.data import load_index, stream
 from pipeline.loop import INTERRUPTED, NonFinite, TrainState, train, train_step
 from pipeline.storage import Store
-from pipeline.tracking import read_journal
+from pipeline.tracking import JOURNAL, read_journal
 from pipeline.world import World
 
 IMPORTANCE = ("--diffusion.loss", "rescaled_kl", "--timestep-sampler", "loss-second-moment")
@@ -103,7 +103,7 @@ def test_interrupted_and_resumed_is_the_same_run(digits: str, tmp_path: Path) ->
         world = Interrupting()
         world.stop_at = at
         assert train(tiny(digits, out, *IMPORTANCE), world) == "interrupted"
-        assert json.loads((out / INTERRUPTED).read_text()) == {"step": at}
+        assert json.loads((out / INTERRUPTED).read_text())["step"] == at
     assert train(tiny(digits, out, *IMPORTANCE), World()) == "finished"
     assert not (out / INTERRUPTED).exists()
     assert_same(newest(tmp_path / "whole"), newest(out))
@@ -165,6 +165,19 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_good_checkpoint(
     assert not (tmp_path / INTERRUPTED).exists()
     assert_same(newest(tmp_path), good)
     assert read_journal(tmp_path)[-1]["status"] == "FAILED"
+
+
+def test_a_history_cut_off_behind_the_last_checkpoint_is_closed(digits: str, tmp_path: Path) -> None:
+    train(tiny(digits, tmp_path), World())
+    lines = (tmp_path / JOURNAL).read_text().splitlines(keepends=True)
+    assert json.loads(lines[-1])["status"] == "FINISHED"
+    for last in ("", lines[-1].replace("FINISHED", "FAILED")):
+        (tmp_path / JOURNAL).write_text("".join(lines[:-1]) + last)
+        assert train(tiny(digits, tmp_path), World()) == "finished"
+        assert read_journal(tmp_path)[-1]["status"] == "FINISHED"
+    journal = (tmp_path / JOURNAL).read_text()
+    assert train(tiny(digits, tmp_path), World()) == "finished"
+    assert (tmp_path / JOURNAL).read_text() == journal
 
 
 @pytest.mark.parametrize("flags", [("--lr", "0.5"), ("--seed", "3"), ("--model.channels", "64")])

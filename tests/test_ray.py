@@ -13,7 +13,6 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,8 @@ from ranks import STRICT, assert_same_run, descendants, free_port, newest_step, 
 from test_study import study_file
 
 from jobs.study import load_points, load_study
-from pipeline.launch import _work
 from pipeline.loop import train
 from pipeline.tracking import read_journal
-from pipeline.train import run
 from pipeline.world import World
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -209,6 +206,20 @@ def test_an_evaluation_on_two_nodes_is_that_of_one_process(
 
 @pytest.mark.slow
 @pytest.mark.ray
+def test_what_cannot_go_right_is_not_tried_again(cluster: Cluster, code: Path, digits: str, tmp_path: Path) -> None:
+    """Though only rank 0 finds it, and Ray sees the other die of it."""
+    out = tmp_path / "out"
+    train(tiny(digits, out, *STRICT), World())
+    wrong = ("--lr", "0.5", "--horizon", "60steps", "--workers", "2", "--data.url", digits, "--out", str(out))
+    job = Job(cluster, code, tmp_path / "log", "pipeline.train", *TINY, *STRICT, *wrong)
+    assert job.wait() != 0
+    assert f"error: --out {out} holds a run with another configuration" in job.said()
+    assert "after 3 retries" not in job.said()
+    assert newest_step(out) == 30
+
+
+@pytest.mark.slow
+@pytest.mark.ray
 def test_a_stopped_job_a_killed_worker_and_a_lost_node_change_nothing(
     cluster: Cluster, code: Path, digits: str, tmp_path: Path
 ) -> None:
@@ -241,24 +252,6 @@ def test_a_stopped_job_a_killed_worker_and_a_lost_node_change_nothing(
     assert steps == sorted(set(steps))
     assert "'train/loss'" in job.said()  # reported to Ray
     assert_same_run(out, tmp_path / "alone")
-
-
-def test_what_cannot_go_right_is_not_tried_again(digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker returns such an error; Ray tries again only after one that is raised."""
-    import ray.train
-
-    class Context:
-        get_world_rank = get_local_rank = staticmethod(lambda: 0)
-        get_world_size = get_local_world_size = staticmethod(lambda: 1)
-
-    monkeypatch.setattr(ray.train, "get_context", Context)
-    monkeypatch.setattr(World, "catch_signals", lambda self: None)
-    cpu = ("--device", "cpu")
-    wrong = tiny(digits, tmp_path / "out", *cpu, "--model.image-size", "16")
-    assert "its images are (1, 8, 8)" in str(_work(partial(run, wrong), wrong.launch, str(Path.cwd()), None))
-    absent = tiny(str(tmp_path / "absent"), tmp_path / "out", *cpu)
-    with pytest.raises(OSError, match="absent"):
-        _work(partial(run, absent), absent.launch, str(Path.cwd()), None)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own modules

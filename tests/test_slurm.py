@@ -1,5 +1,6 @@
 """The batch scripts of slurm/, and the same run under srun, on a real private Slurm of two nodes."""
 
+import json
 import os
 import shutil
 import signal
@@ -149,13 +150,14 @@ def test_a_cancelled_run_stays_down_until_it_is_started_again(
     assert_same_run(job.out, reference)
 
 
-@pytest.mark.parametrize("interrupted", [True, False])
-def test_the_run_says_itself_whether_it_was_interrupted(tmp_path: Path, interrupted: bool) -> None:
-    if interrupted:
-        (tmp_path / INTERRUPTED).touch()
+@pytest.mark.parametrize(("attempt", "interrupted"), [("1.2", True), ("1.1", False), ("7.2", False), (None, False)])
+def test_the_run_says_itself_whether_it_was_interrupted(tmp_path: Path, attempt: str | None, interrupted: bool) -> None:
+    """And which start of which job was."""
+    if attempt:
+        (tmp_path / INTERRUPTED).write_text(json.dumps({"step": 1, "attempt": attempt}))
     command = 'source slurm/job.sh; source slurm/environment.sh; was_interrupted "$@"'
     words = ["bash", "-c", command, "-", "--preset", "digits", "--out", str(tmp_path), "--lr", "1e-3"]
-    result = subprocess.run(words, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "1"})
+    result = subprocess.run(words, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "2"})
     assert result.returncode == (0 if interrupted else 1)
 
 

@@ -111,6 +111,7 @@ def test_url_forms(tmp_path, monkeypatch):
     [
         ("http://me:hunter2@host:1/x", "http://***@host:1/x"),
         ("postgresql://me:p@hunter2@host/db", "postgresql://***@host/db"),
+        ("postgresql://me:p/hunter2@host/db", "postgresql://***@host/db"),
         ("https://hunter2@host/x", "https://***@host/x"),
         ("https://host/x?sig=hunter2&part=1", "https://host/x?sig=***&part=1"),
         ("https://host/x?X-Amz-Signature=hunter2", "https://host/x?X-Amz-Signature=***"),
@@ -128,6 +129,7 @@ def test_what_only_looks_like_credentials_is_none():
         "s3://b/a@b/c",
         "/data/tokens=4096/x",
         "sftp://me@h/x",
+        "http://h:80/x@y",
     ):
         assert not carries_credentials(url)
     assert mask("s3://b/a@b/c: 404 at 10:30") == "s3://b/a@b/c: 404 at 10:30"

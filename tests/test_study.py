@@ -19,7 +19,7 @@ from test_scaling import BUDGETS, grid
 
 from iddpm.config import UNetConfig
 from jobs import report, study
-from jobs.study import Plan, Study, count, execute, load_points, load_study
+from jobs.study import Plan, Study, count, execute, load_points, load_study, main
 from pipeline.config import TrainConfig, parse_train
 from pipeline.storage import Store
 from pipeline.tracking import read_journal
@@ -71,7 +71,12 @@ def test_the_runs_of_a_study_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"budgets": [2e10, 1e10]}, "expected one or more positive FLOPs, rising"),
+        ({"budgets": [1e10, 1e10]}, "expected one or more positive FLOPs, each once"),
+        ({"budgets": [2e10, 1e10], "separate": False}, "expected rising ones"),
+        ({"axis": "lr"}, "expected a field that sets the network's size"),
+        ({"train": {"seed": 3, "lr": 1e-3}}, "train: got --lr, --seed, which a study sets for each of its runs"),
+        ({"evaluate": {"against": "runs/x"}}, "evaluate: got --against, which a study sets"),
+        ({"evaluate": {"target_se": 0.01}}, "points of different numbers of images do not compare"),
         ({"seeds": [1, 2, 3]}, "expected one number, or one for each of the values"),
         ({"sizes": [1]}, "sizes"),
         ({"train": {"lrr": 1}}, "lrr"),
@@ -85,6 +90,35 @@ def test_a_wrong_study_file_is_one_clear_error(tmp_path: Path, capsys, fields: d
         _ = [(loaded.runs, loaded.evaluation) for loaded in [load_study(path)]]
     assert ended.value.code == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_budget_that_is_added_changes_no_run_before_it(tmp_path: Path) -> None:
+    before, after = (load_study(study_file(tmp_path, budgets=b)).runs for b in ([1e10, 4e10], [1e10, 4e10, 2e10]))
+    assert set(before) < set(after)
+
+
+def test_networks_of_one_size_are_refused(tmp_path: Path, capsys) -> None:
+    path = study_file(tmp_path, axis="model.num_heads", values=[1, 2])
+    for command in ("plan", "run"):
+        assert main([command, str(path)]) == 1
+        assert "networks with as many parameters as others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "says"),
+    [
+        ({"metrics": "nll", "split": "test"}, "no 'test' dataset"),
+        ({"metrics": "nll", "chain": "best250"}, "the run has"),
+        ({"ema_rate": 0.9}, "evaluate.ema_rate: got 0.9"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_training(
+    tmp_path: Path, digits: str, capsys, evaluate: dict, says: str
+) -> None:
+    path = study_file(tmp_path, {"data": {"url": digits}}, evaluate=evaluate, out=str(tmp_path / "out"))
+    assert main(["run", str(path)]) == 1
+    assert says in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*/checkpoints"))
 
 
 @pytest.mark.parametrize(
@@ -212,7 +246,8 @@ def measured(tmp_path: Path) -> Study:
         size = sizes[loaded.values.index(run.value)]
         point = next(p for p in points if p.parameters == size and p.budget == run.budgets[0])
         both = [{**vars(point), "run": run.name, "name": name, "passport": {"n": 64}} for name in ("nll", "fd_digits")]
-        loaded.store.write(run.point(run.budgets[0]), json.dumps({"points": both}).encode())
+        content = {"points": both, "evaluate": loaded.evaluate}
+        loaded.store.write(run.point(run.budgets[0]), json.dumps(content).encode())
     return loaded
 
 

@@ -18,7 +18,16 @@ from PIL import Image
 
 from pipeline.config import TrackingConfig
 from pipeline.storage import Store
-from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir, put_evaluation, read_journal
+from pipeline.tracking import (
+    JOURNAL,
+    Tracker,
+    fetch_journal,
+    find_uid,
+    journal_dir,
+    main,
+    put_evaluation,
+    read_journal,
+)
 
 CONFIG = {"lr": 0.1, "model": {"channels": 32}}
 DATASET = {"url": "data/digits", "name": "digits", "digest": "0" * 32}
@@ -196,6 +205,30 @@ def test_a_new_database_gets_the_whole_history(tmp_path: Path, monkeypatch: pyte
         tracked.close("FINISHED")
     _, run = the_run("sqlite:///b.db")
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"train/loss": 1.0})
+
+
+def test_a_remote_run_is_sent_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its journal and its pictures, from the URL; and where there is no run, that is said."""
+    gone, run = tracker(tmp_path / "gone", "none"), Store(f"memory://{tmp_path}/r")
+    gone.log(1, {"train/loss": 1.0})
+    png = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(png)
+    path = gone.image(1, "samples", png.read_bytes())
+    gone.close("FINISHED")
+    run.write(JOURNAL, gone.path.read_bytes())
+    run.write(f"samples/{path.name}", path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setattr(sys, "argv", ["tracking", run.url, "--uri", uri])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    client, sent = the_run(uri)
+    assert sent.data.metrics == {"train/loss": 1.0}
+    assert client.list_artifacts(sent.info.run_id, "images")
+    monkeypatch.setattr(sys, "argv", ["tracking", f"{run.url}/none", "--uri", uri])
+    with pytest.raises(SystemExit, match=r"no journal.jsonl there; expected the --out of a run"):
+        main()
 
 
 def test_no_password_is_printed_or_recorded(tmp_path: Path, capsys) -> None:
