@@ -375,10 +375,8 @@ def _slurm() -> tuple[int, int, int, int]:
     env = os.environ
     rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
     one_node = env.get("SLURM_STEP_NUM_NODES") == "1"
-    # Slurm's step id makes the port differ between steps that share a node.
-    port = (
-        20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 12000
-    )  # below those that Linux gives out
+    # Its own for each of the steps that share a node, and below those that Linux gives out (32768 and up).
+    port = 20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 12000
     env.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else _first_host(env["SLURM_STEP_NODELIST"]))
     env.setdefault("MASTER_PORT", str(port))
     local_size = _tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])[int(env["SLURM_NODEID"])]
