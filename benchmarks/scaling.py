@@ -55,7 +55,7 @@ class Machine:
     """Images a second that a process reads from its node's cache."""
     store: float = 500e6
     """From the object store into a node's cache."""
-    snapshot: float = 0.45e-9
+    snapshot: float = 0.13e-9
     """For which a checkpoint holds training up, per byte."""
     upload: float = 300e6
     """Of a checkpoint to the object store."""
