@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from pipeline.config import TrainConfig, check_same_run, fail_usage, file_flags, horizon_steps, parse_flags, parse_train
-from pipeline.storage import Store, mask
+from pipeline.storage import Store, carries_credentials, mask
 from pipeline.tracking import connect, find_or_create_run, journal_dir, read_journal, tracking_uri
 from pipeline.train import provide_digits, was_interrupted
 
@@ -118,7 +118,7 @@ class Study:
         from pipeline.evaluate import EvaluateConfig
 
         options = parse_flags(EvaluateConfig, [self.name, *self.evaluate], "The study's `evaluate:` section.")
-        if any(mask(flag) != flag for flag in self.evaluate):
+        if any(map(carries_credentials, self.evaluate)):
             fail_usage(ValueError("evaluate: an address there carries credentials, which would be recorded"))
         if options.wanted - {"nll", "fid", "kid"}:
             fail_usage(ValueError(f"evaluate.metrics: got {options.metrics!r}, expected some of nll, fid, kid"))
@@ -307,14 +307,13 @@ def _unequal(run: Run, steps: int, images: int | None) -> list[str]:
 
 def _speed(options: Plan, study: Study) -> tuple[float, float, str]:
     """Sustained FLOP/s, price, and how they are known."""
-    import torch
-
     from pipeline.hardware import peak_flops
+    from pipeline.world import World, pick_device
 
     precision = study.runs[0].config.precision
     price = options.price
     if options.hardware == "here":
-        peak = peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision)
+        peak = peak_flops(World(device=pick_device("auto", 0)).device, precision)  # set up as for training
     else:
         peaks, usual = HARDWARE[options.hardware]
         if precision not in peaks:
@@ -480,7 +479,8 @@ def _prepare(study: Study) -> None:
     data = Store(options.data or config.data.url, config.storage)
     if "nll" in options.wanted:
         options.plan.check(config.diffusion.timesteps)
-        load_index(data, options.split)
+        if data.local is None or data.local.exists():  # or it is the nodes' alone
+            load_index(data, options.split)
     if options.wanted - {"nll"}:
         image_tools(options, config, data, World())
     tracking = config.tracking

@@ -157,8 +157,8 @@ class TrainConfig:
                 raise ValueError(f"--{_flag(name)}: got {getattr(self, name)}, expected 0 or more")
         if not self.ema_rates or any(not 0 <= rate < 1 for rate in self.ema_rates):
             raise ValueError(f"--ema-rates: got {self.ema_rates}, expected one or more rates in [0, 1)")
-        if len(set(self.ema_rates)) < len(self.ema_rates):
-            raise ValueError(f"--ema-rates: got {self.ema_rates}, expected each rate once")
+        if len({f"{rate:g}" for rate in self.ema_rates}) < len(self.ema_rates):  # their names in a checkpoint
+            raise ValueError(f"--ema-rates: got {self.ema_rates}, expected rates that differ in their first six digits")
         if not 1 <= self.sample_steps <= self.diffusion.timesteps:
             raise ValueError(
                 f"--sample-steps: got {self.sample_steps}, expected 1 to --diffusion.timesteps"

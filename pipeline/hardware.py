@@ -31,6 +31,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     ]
     best = 0.0
     for flops, work in works:
+        work()  # loads and plans
         _synchronize(device)
         end = time.perf_counter() + 0.3  # clocks take their time to rise
         while (start := time.perf_counter()) < end:

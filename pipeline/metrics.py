@@ -454,7 +454,7 @@ def feature_metrics(
     if real is not None and "kid" in wanted:
         size = min(KID_SUBSET, len(drawn), len(real))
         value = kid_features_to_metric(drawn, real, kid_subset_size=size, verbose=False)
-        found["kid"] = value["kernel_inception_distance_mean"], {"subset": size, "real": len(real)}
+        found["kid"] = value["kernel_inception_distance_mean"], {"subset": size}
     if real is not None and wanted & {"precision", "recall"}:
         if not 1 <= k < min(len(drawn), len(real)):
             raise ValueError(f"--neighbours: got {k}, expected 1 to {min(len(drawn), len(real)) - 1} of the images")

@@ -156,7 +156,7 @@ def build_model(config: TrainConfig) -> UNet:
 
 def ema_part(rate: float) -> str:
     """The name of an average's part in a checkpoint."""
-    return f"ema-{rate}"
+    return f"ema-{rate:g}"
 
 
 @contextmanager

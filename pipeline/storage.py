@@ -508,7 +508,7 @@ class _S3:
 
     def _call(self, method: str, **arguments: Any) -> Any:
         fs, sent = self._fs(), len(arguments.get("Body", b""))
-        self._run(fs.set_session(), CREDENTIALS_S)
+        self._run(_credentials(fs), CREDENTIALS_S)
         request = fs._call_s3(method, Bucket=self.bucket, **arguments)
         return self._run(request, 2 * self.patience + sent / 1e6)  # no slower than 1 MB/s
 
@@ -517,6 +517,13 @@ class _S3:
 
         bounded = asyncio.wait_for(coroutine, seconds)
         return asyncio.run_coroutine_threadsafe(bounded, self._fs().loop).result()
+
+
+async def _credentials(fs: Any) -> None:
+    """Have them fetched or renewed where they must be, which a request would else do in its own, short time."""
+    await fs.set_session()
+    if credentials := await fs.session.get_credentials():
+        await credentials.get_frozen_credentials()
 
 
 @functools.lru_cache(maxsize=32)

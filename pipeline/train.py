@@ -1,6 +1,7 @@
 """`python -m pipeline.train`: the command line over `pipeline.loop`, under any launcher."""
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ def was_interrupted(config: TrainConfig) -> bool:
         mark = json.loads(Store(config.out, config.storage).read(INTERRUPTED))
     except FileNotFoundError:
         return False
-    return bool(mark["attempt"] == slurm_attempt())
+    return "SLURM_JOB_ID" not in os.environ or bool(mark.get("attempt") == slurm_attempt())
 
 
 def provide_digits(config: TrainConfig) -> None:

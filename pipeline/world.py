@@ -154,7 +154,9 @@ class World:
 
     def alone(self, call: Callable[[], T]) -> T:
         """What `call` returns on rank 0, on every rank, likewise."""
-        return self.together(lambda: call() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        found: list[T] = []
+        self.together(lambda: found.append(call()) if self.rank == 0 else None)
+        return self.broadcast_object(found[0] if found else None)  # gathered, it would come once for each rank
 
     def start_gather(self, shares: torch.Tensor, n: int) -> "Gather":
         """Begin to collect each rank's `share(n)` of a device tensor [n]; never blocks the host."""

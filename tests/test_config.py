@@ -73,7 +73,7 @@ def test_preset_under_yaml_under_flags(tmp_path) -> None:
         (["--batch-size", "0"], "--batch-size"),
         (["--lr", "nan"], "--lr"),
         (["--ema-rates", "1.0"], "[0, 1)"),
-        (["--ema-rates", "0.9", "0.9"], "each rate once"),
+        (["--ema-rates", "0.9", "0.9"], "rates that differ"),
         (["--sample-steps", "5000"], "--diffusion.timesteps"),
         (["--diffusion.loss", "l2"], "rescaled_kl"),
         (["--data.workers", "0"], "data.workers"),

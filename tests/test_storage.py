@@ -1,6 +1,7 @@
 """Storage: every operation on a directory, in memory and on a real S3 server, with and without faults."""
 
 import errno
+import json
 import multiprocessing
 import os
 import subprocess
@@ -348,6 +349,18 @@ def test_s3_hopeless_fails_with_advice(s3, key, secret, url, advice, write):  # 
     assert time.monotonic() - start < 10
     for text in (SECRET, "wrong-secret"):
         assert text not in str(caught.value)
+
+
+@pytest.mark.s3
+def test_s3_credentials_may_take_longer_than_a_request(s3, tmp_path, monkeypatch):  # noqa: F811
+    given = json.dumps({"Version": 1, "AccessKeyId": KEY, "SecretAccessKey": SECRET})
+    program, config = tmp_path / "program", tmp_path / "config"
+    program.write_text(f"#!/bin/sh\nsleep 4\necho '{given}'\n")
+    program.chmod(0o755)
+    config.write_text(f"[profile slow]\ncredential_process = {program}\nregion = us-east-1\n")
+    with credentials(None, None):
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+        Store("s3://train", StorageConfig(s3, profile="slow")).check(write=True, once=True)
 
 
 def test_s3_unknown_profile_and_dead_endpoint():
