@@ -80,7 +80,7 @@ class Findings:
         lines = [f"{self.label}: {len(self.points)} points of {runs} runs; 95 % intervals over runs"]
         for law, fit in self.fits.items():
             lines += ["", f"{FORMULA[law]}   ({fit.runs} runs, residuals {fit.residuals.std():.2%})"]
-            lines += [f"  {n:6s} {v!r:22}  [{lo:.6g}, {hi:.6g}]" for n, (v, lo, hi) in fit.parameters().items()]
+            lines += [f"  {n:6s} {v:<12.6g}  [{lo:.6g}, {hi:.6g}]" for n, (v, lo, hi) in fit.parameters().items()]
         if self.floor:
             f = self.floor
             lines += [

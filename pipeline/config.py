@@ -262,9 +262,9 @@ def file_flags(path: str) -> list[str]:
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: expected a mapping of fields to values, got {type(content).__name__}")
+        raise ValueError(f"{path}: expected a mapping of fields to values, got {type(content).__name__}")
     return [word for name, value in flatten(content).items() for word in _as_flag(name.removeprefix("launch."), value)]
 
 
