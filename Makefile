@@ -26,9 +26,9 @@ study: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m jobs.study run $(STUDY) --jobs $$(nproc)
 	$(BIN)/python -m jobs.study report $(STUDY)
 
-# Those for a GPU by themselves: the others hide it, since they start more ranks than a machine has GPUs.
+# Those for a GPU, where there is one, by themselves: the others hide it, since they start more ranks than there are GPUs.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m cuda tests/test_cuda.py
+	! command -v nvidia-smi >/dev/null || $(BIN)/python -m pytest -m cuda tests/test_cuda.py
 	$(BIN)/python -m pytest
 
 # A peer to measure against, which nothing else needs.
