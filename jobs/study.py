@@ -566,6 +566,7 @@ class Children:
 
 def measure(study: Study, run: Run, budget: float) -> None:
     """Write the point of a run that has reached its budget: to the study's store, the journal and MLflow."""
+    from iddpm.flops import count_parameters, train_flops
     from pipeline import evaluate
     from pipeline.sample import load_trained
     from pipeline.scaling import ComputePoint
@@ -574,8 +575,8 @@ def measure(study: Study, run: Run, budget: float) -> None:
     config = run.config
     options = replace(study.evaluation, run=config.out, tracking=config.tracking)
     world = World(device=pick_device(config.launch.device, 0))
-    cost = count(config)
-    last = horizon_steps(run.at(budget), cost.train)
+    channels = config.diffusion.out_channels(config.model.in_channels)
+    last = horizon_steps(run.at(budget), train_flops(config.model, channels))
     trained = load_trained(config.out, config.storage, world, options.ema_rate, last)
     flops = trained.meta["train_flops"]
     common = {"train_data": trained.meta["dataset_digest"], "batch_size": config.batch_size}
@@ -585,7 +586,7 @@ def measure(study: Study, run: Run, budget: float) -> None:
     evaluate.track(trained, found, options)
     spent = {
         "run": run.name,
-        "parameters": cost.parameters,
+        "parameters": count_parameters(config.model, channels),
         "images": trained.meta["images"],
         "flops": flops,
         "budget": budget,

@@ -324,10 +324,10 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 METRICS = ("nll", "fid", "is", "kid", "precision", "recall")
 
 
-def check_metrics(text: str, flag: str) -> list[str]:
+def check_metrics(text: str, flag: str) -> set[str]:
     """The names in a list with commas; ValueError for one that is not in METRICS."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or set(names) - set(METRICS):
+    names = {name.strip() for name in text.split(",") if name.strip()}
+    if not names or names - set(METRICS):
         raise ValueError(f"{flag}: got {text!r}, expected some of {', '.join(METRICS)}, with commas")
     return names
 

@@ -32,7 +32,7 @@ from pipeline.nll import Nll, NllPlan, measure_nll
 from pipeline.passport import Measured
 from pipeline.sample import Recipe, Trained, draw_batches, image_shape, load_trained, write_out
 from pipeline.storage import StorageConfig, Store
-from pipeline.tracking import Tracker, fetch_journal, journal_dir, put_evaluation, read_journal, run_name
+from pipeline.tracking import Tracker, fetch_journal, journal_dir, put_evaluation, read_journal, run_name, statuses
 from pipeline.world import World
 
 
@@ -119,12 +119,12 @@ class EvaluateConfig:
         if self.out and not (self.exact or self.chain):
             raise ValueError("--out: writes the terms by timestep, which only --exact and --chain know")
         self.plan  # noqa: B018  # raises what is wrong with it
-        if (self.against or self.against_step is not None) and (self.chain or "").startswith("best"):
+        if (self.against or self.against_step is not None) and self.plan.best:
             raise ValueError("--chain best: is chosen for one model, and flatters it; measure each by itself")
 
     @property
     def wanted(self) -> set[str]:
-        return set(check_metrics(self.metrics, "--metrics"))
+        return check_metrics(self.metrics, "--metrics")
 
     @property
     def plan(self) -> NllPlan:
@@ -313,11 +313,9 @@ def _index(data: Store, split: str, runs: Sequence[TrainConfig]) -> ShardIndex:
 def track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) -> None:
     """To the journal of the run, and by it to MLflow; the run keeps the status that it has there."""
     run, folder = Store(config.run, config.storage), journal_dir(config.run)
-    if run.local is None:
-        fetch_journal(run, folder)
+    fetch_journal(run, folder)
     meta = trained.meta
-    # A run that has ended has its status last; one that trains elsewhere meanwhile has none to be told again.
-    marks = [r.get("status") for r in read_journal(folder) if r["kind"] in ("status", "metrics", "tags")]
+    told = statuses(read_journal(folder))
     tracker = Tracker(
         folder,
         config.tracking,
@@ -333,7 +331,7 @@ def track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) -
     line = log_measured(tracker, trained, found)
     if run.local is None:
         put_evaluation(run, line)
-    tracker.close(marks[-1] if marks else "FINISHED")
+    tracker.close(told[-1] if told else "FINISHED")
 
 
 def log_measured(tracker: Tracker, trained: Trained, found: Sequence[Measured]) -> bytes:

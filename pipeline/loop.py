@@ -38,7 +38,7 @@ from pipeline.evaluate import EvaluateConfig, log_measured, measure
 from pipeline.hardware import device_name, peak_flops
 from pipeline.sample import Recipe, Trained, autocast, build_model, draw, ema_part, grid_png, image_shape, with_weights
 from pipeline.storage import Store
-from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir, read_journal, run_name
+from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir, read_journal, run_name, statuses
 from pipeline.world import World
 
 QUARTILES = 4
@@ -334,7 +334,7 @@ def _data(config: TrainConfig, world: World) -> ShardIndex:
     """The dataset; refuses what does not fit together."""
     data = Store(config.data.url, config.storage)
     index = load_index(data, "train")
-    wanted = set(check_metrics(config.eval_metrics, "--eval-metrics"))
+    wanted = check_metrics(config.eval_metrics, "--eval-metrics")
     if config.eval_every:  # what cannot be measured is better known before hours of training
         if "nll" in wanted:
             load_index(data, "val")
@@ -418,8 +418,7 @@ def _begin(
 
 def _tracker(config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any]) -> Tracker:
     folder = journal_dir(config.out)
-    if run.local is None:
-        fetch_journal(run, folder)
+    fetch_journal(run, folder)
     return Tracker(
         folder,
         config.tracking,
@@ -432,9 +431,8 @@ def _tracker(config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str,
 
 def _settle(config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any]) -> None:
     """Close the history of a run whose last attempt died between its last checkpoint and its end; on rank 0."""
-    journal = read_journal(run.local or run)
-    states = [r.get("status") for r in journal if r["kind"] in ("status", "metrics", "tags")]
-    if states and states[-1] != "FINISHED":
+    told = statuses(read_journal(run.local or run))
+    if told and told[-1] != "FINISHED":
         tracker = _tracker(config, run, index, meta)
         tracker.close("FINISHED")
         _copy_journal(tracker, run)

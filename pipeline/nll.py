@@ -55,19 +55,28 @@ class NllPlan:
     timesteps_per_call: int = 32
 
     def __post_init__(self) -> None:
-        count, best = (self.chain or "1").removeprefix("best"), (self.chain or "").startswith("best")
+        count = (self.chain or "1").removeprefix("best")
         if not count.isdecimal() or int(count) < 1:
             raise ValueError(f"--chain: got {self.chain!r}, expected a number of steps, as in 25, or best25")
-        if best and not 2 <= int(count) <= PATH_GRID:
+        if self.best and not 2 <= int(count) <= PATH_GRID:
             raise ValueError(f"--chain: got {self.chain!r}, expected best2 to best{PATH_GRID}")
         if self.target_se is not None and not self.target_se > 0:
             raise ValueError(f"--target-se: got {self.target_se}, expected bits/dim above 0")
         if self.draws < 1:
             raise ValueError(f"--draws: got {self.draws}, expected 1 or more")
 
+    @property
+    def best(self) -> bool:
+        """Whether the chain is of the best steps."""
+        return bool(self.chain and self.chain.startswith("best"))
+
+    def steps(self, timesteps: int) -> int:
+        """Of the chain, for a model of T timesteps."""
+        return int((self.chain or str(timesteps)).removeprefix("best"))
+
     def check(self, timesteps: int) -> None:
         """ValueError where a model of T timesteps has no such chain."""
-        if self.chain and int(self.chain.removeprefix("best")) > timesteps:
+        if self.steps(timesteps) > timesteps:
             raise ValueError(f"--chain: got {self.chain}, but the run has {timesteps} timesteps")
 
     @property
@@ -75,7 +84,7 @@ class NllPlan:
         """Of the metric: the bound of a shorter chain is another quantity."""
         if self.chain is None:
             return "nll"
-        return f"nll_{self.chain}" if self.chain.startswith("best") else f"nll_strided{self.chain}"
+        return f"nll_{self.chain}" if self.best else f"nll_strided{self.chain}"
 
     @property
     def estimator(self) -> str:
@@ -85,8 +94,7 @@ class NllPlan:
         """Of the network, on one image, for a model of T timesteps: at most, since --target-se may stop before."""
         if not (self.exact or self.chain):
             return self.images * (self.draws + 1) + PILOT_IMAGES * min(PILOT_TIMESTEPS, timesteps - 1)
-        best = PATH_GRID * PILOT_IMAGES if self.chain and self.chain.startswith("best") else 0
-        return self.images * int((self.chain or str(timesteps)).removeprefix("best")) + best
+        return self.images * self.steps(timesteps) + (PATH_GRID * PILOT_IMAGES if self.best else 0)
 
 
 @dataclass(frozen=True)
@@ -260,9 +268,8 @@ def _prepare(models: Sequence[Trained], plan: NllPlan, read: Read, ids: np.ndarr
     probabilities = torch.zeros(0, dtype=torch.float64)
     if plan.chain:
         plan.check(config.timesteps)
-        if plan.chain.startswith("best"):
-            count = int(plan.chain.removeprefix("best"))
-            timesteps = _best_timesteps(models[0], config, count, inputs, device)
+        if plan.best:
+            timesteps = _best_timesteps(models[0], config, plan.steps(config.timesteps), inputs, device)
             evaluations = min(PATH_GRID, config.timesteps) * len(ids)
         else:
             timesteps = respace(config.timesteps, plan.chain)

@@ -576,9 +576,13 @@ _ADVICE = {
     "ConfigParseError": "mend ~/.aws/config or ~/.aws/credentials",
     "NotImplemented": _NO_CREATE,
 }
-_ADVICE |= {"403": _ADVICE["AccessDenied"], "InvalidToken": _ADVICE["ExpiredToken"], "501": _NO_CREATE}
-_ADVICE["SSOTokenLoadError"] = _ADVICE["UnauthorizedSSOTokenError"]
-_ADVICE["InvalidConfigError"] = _ADVICE["ConfigParseError"]
+_ADVICE |= {
+    "403": _ADVICE["AccessDenied"],
+    "501": _ADVICE["NotImplemented"],
+    "InvalidToken": _ADVICE["ExpiredToken"],
+    "SSOTokenLoadError": _ADVICE["UnauthorizedSSOTokenError"],
+    "InvalidConfigError": _ADVICE["ConfigParseError"],
+}
 _ERRNO_ADVICE = {
     errno.ENOSPC: "the disk is full: free some space or choose another directory",
     errno.EDQUOT: "the disk quota is used up: free some space or choose another directory",
@@ -591,8 +595,10 @@ _ERRNO_ADVICE = {
     errno.EISDIR: "the path is a directory: choose another name",
     errno.ENAMETOOLONG: "choose a shorter path",
 }
-_TRANSIENT = {"RequestTimeout", "SlowDown", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
-_TRANSIENT |= {"Throttling", "ThrottlingException", "RequestLimitExceeded"}
+_TRANSIENT = {
+    *("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded"),
+    *("IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"),
+}
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -55,8 +55,17 @@ def read_journal(run: Path | Store) -> list[dict[str, Any]]:
     return _parse(journal) + _parse(_evaluations(run, journal))
 
 
+def statuses(records: Sequence[dict[str, Any]]) -> list[str | None]:
+    """What a journal's records of training tell of its status. A run that has ended has its status last; one that
+    trains, or died, None.
+    """
+    return [r.get("status") for r in records if r["kind"] in ("status", "metrics", "tags")]
+
+
 def fetch_journal(run: Store, folder: Path) -> None:
     """Take over from a remote run's URL what the journal here lacks, where another machine went on or evaluated."""
+    if run.local is not None:
+        return
     try:
         copy = run.read(JOURNAL)
     except FileNotFoundError:

@@ -216,6 +216,11 @@ def test_what_cannot_go_right_is_not_tried_again(cluster: Cluster, code: Path, d
     assert f"error: --out {out} holds a run with another configuration" in job.said()
     assert "after 3 retries" not in job.said()
     assert newest_step(out) == 30
+    # But what another machine may not lack is: here no more, after no retries.
+    absent = ("--retries", "0", "--workers", "1", "--data.url", str(tmp_path / "absent"), "--out", str(tmp_path / "b"))
+    job = Job(cluster, code, tmp_path / "absent.log", "pipeline.train", *TINY, *absent)
+    assert job.wait() != 0
+    assert "error: after 0 retries" in job.said()
 
 
 @pytest.mark.slow
