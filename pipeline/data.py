@@ -24,6 +24,7 @@ import os
 import re
 import tarfile
 import tempfile
+import threading
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -350,7 +351,7 @@ class Cache:
 
     def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
         self.directory, self.max_bytes = Path(directory).expanduser(), max_bytes
-        self.warned = False
+        self._unwarned = threading.Lock()  # held from the first warning on: shards are opened by several threads
 
     def open(self, store: Store, shard: Shard) -> _File:
         """The shard, from the cache, else from the store, in memory if this disk cannot hold it."""
@@ -366,9 +367,8 @@ class Cache:
         except OSError as error:
             if error.errno not in _BYPASS:
                 raise
-            if not self.warned:
+            if self._unwarned.acquire(blocking=False):
                 log.warning("the shard cache %s is bypassed, shards stay in memory: %s", self.directory, error)
-            self.warned = True
         return _in_memory(store, shard)
 
     def _cached(self, path: Path, shard: Shard) -> _File | None:

@@ -452,7 +452,12 @@ def test_cache_that_cannot_be_written_is_bypassed(remote, tmp_path, monkeypatch,
     def touch(self, **_):
         raise OSError(code, os.strerror(code))
 
+    def slow(*said, warning=data.log.warning):  # long enough for every thread to come upon it
+        time.sleep(0.1)
+        warning(*said)
+
     monkeypatch.setattr(data.Path, "touch", touch)
+    monkeypatch.setattr(data.log, "warning", slow)
     assert ids_of(take(store, index, 12, cache=Cache(tmp_path / "cache", 1 << 20))) == expected
     assert caplog.text.count("is bypassed") == 1
 
