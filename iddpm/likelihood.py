@@ -136,6 +136,13 @@ class SampledBpd(NamedTuple):
 PILOT_UNIFORM = 0.01  # of the probability is spread evenly, so that no term's weight can explode
 
 
+def pilot_timesteps(timesteps: int) -> list[int]:
+    """The timesteps of 1 .. T-1 at which `pilot_sizes` measures: at most 80, dense where t is small."""
+    last = timesteps - 1
+    wanted = [round(last ** (i / 47)) for i in range(48)] + [round(1 + (last - 1) * i / 31) for i in range(32)]
+    return sorted(set(wanted))
+
+
 @torch.no_grad()
 def pilot_sizes(
     diffusion: "Diffusion",
@@ -147,12 +154,10 @@ def pilot_sizes(
 ) -> Tensor:
     """float64 [T-1] on the CPU: sqrt(E[L_t^2]) for t = 1 .. T-1, from a few images [N, C, H, W].
 
-    Measured at no more than 80 timesteps, dense where t is small, and interpolated in log t. `noise(t)` gives the
-    eps [N, C, H, W] of images at timesteps t (int64 [N]).
+    Measured at `pilot_timesteps` and interpolated in log t. `noise(t)` gives the eps [N, C, H, W] of images at
+    timesteps t (int64 [N]).
     """
-    last = diffusion.num_timesteps - 1
-    wanted = [round(last ** (i / 47)) for i in range(48)] + [round(1 + (last - 1) * i / 31) for i in range(32)]
-    grid = sorted(set(wanted))
+    grid = pilot_timesteps(diffusion.num_timesteps)
     sizes = []
     for step in grid:
         t = torch.full((len(x_start),), step, device=x_start.device)
@@ -160,7 +165,7 @@ def pilot_sizes(
         bpd = vlb_term(diffusion, model, x_start, x_t, t, y, clip_denoised).bpd
         sizes.append(bpd.double().square().mean().sqrt().clamp(min=1e-12))
     at, log_size = torch.tensor(grid).double().log(), torch.stack(sizes).cpu().log()
-    every = torch.arange(1, last + 1).double().log()
+    every = torch.arange(1, diffusion.num_timesteps).double().log()
     if len(grid) == 1:
         return log_size.exp()
     right = torch.searchsorted(at, every).clamp(1, len(grid) - 1)

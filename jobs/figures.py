@@ -30,7 +30,7 @@ from pipeline.data import Cache, Reader, ShardIndex, load_index
 from pipeline.metrics import Features, Reference, dataset_reference, frechet_distance, moments_of, trained_features
 from pipeline.nll import NllPlan, measure_nll
 from pipeline.passport import NORMAL_95
-from pipeline.sample import Recipe, Trained, load_trained, to_uint8
+from pipeline.sample import Recipe, Trained, autocast, draw_batches, load_trained, to_uint8
 from pipeline.storage import StorageConfig, Store
 from pipeline.world import World, pick_device
 
@@ -97,16 +97,11 @@ class Bench:
         """The Fréchet distance of drawn images to the training images."""
         if self._quality is None:
             features = trained_features(self.data, self.train, self.world)
-            cache = Cache(model.config.data.cache_dir, 10**10)
+            cache = Cache(model.config.data.cache_dir, int(model.config.data.cache_gb * 1e9))
             self._quality = features, dataset_reference(self.data, self.train, features, self.world, cache)
         features, reference = self._quality
-
-        def drawn() -> Iterator[Tensor]:
-            for start in range(0, self.config.samples, 64):
-                index = torch.arange(start, min(start + 64, self.config.samples), device=self.world.device)
-                yield to_uint8(final(recipe.run(model.model, chain, index, model.shape, model.dtype, None)))
-
-        moments = moments_of(drawn(), features, self.world)
+        drawn = draw_batches(model, recipe, 0, self.config.samples, device=self.world.device, chain=chain)
+        moments = moments_of(drawn, features, self.world)
         return frechet_distance(moments.mean_covariance(), reference.moments)
 
 
@@ -247,7 +242,8 @@ def _gradients(
     t, weights = sampler.sample(uniform(stream_key(0, "t"), index))
     gradients = []
     for one in torch.arange(size, device=x.device).split(1):
-        loss = process.training_losses(network, images[one], t[one], eps[one]).loss.sum()
+        with autocast(x.device, model.config.precision):
+            loss = process.training_losses(network, images[one], t[one], eps[one]).loss.sum()
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]))
     each = torch.stack(gradients).double()
     squares, weights = each.square().sum(1), weights.double()
@@ -278,7 +274,7 @@ def _importance_sampler(model: Trained, process: Diffusion, x: Tensor) -> LossSe
     t = torch.arange(steps, device=x.device)
     for i in range(sampler.history.shape[1]):
         images, eps = _draw("history", t + i * steps, x)
-        with torch.no_grad():
+        with torch.no_grad(), autocast(x.device, model.config.precision):
             parts = zip(*(tensor.split(250) for tensor in (images, t, eps)), strict=True)
             sampler.update(t, torch.cat([process.training_losses(model.model, *part).loss for part in parts]))
     return sampler
@@ -355,7 +351,8 @@ def consistency(bench: Bench, run: str, count: int = 8) -> tuple[Rows, Callable[
         recipe = Recipe("ddim", steps, 0.0, 0)
         chain = recipe.chain(model.config.diffusion, bench.world.device)
         index = torch.arange(count, device=bench.world.device)
-        images.append(final(recipe.run(model.model, chain, index, model.shape, model.dtype, None)).cpu().clamp(-1, 1))
+        with autocast(bench.world.device, model.config.precision):
+            images.append(final(recipe.run(model, chain, index)).cpu().clamp(-1, 1))
     gaps = [float(x.sub(images[-1]).square().mean() / 4) for x in images]  # of pixels in [0, 1]
     rows = [{"steps": s, "mse_to_longest": gap} for s, gap in zip(bench.config.steps, gaps, strict=True)]
     return rows, lambda axis: _tiles(axis, torch.cat(images), count)
@@ -369,7 +366,8 @@ def interpolation(bench: Bench, run: str, lines: int = 4, columns: int = 11) -> 
         normal(stream_key(0, "end", end), torch.arange(lines, device=bench.world.device), model.shape) for end in (0, 1)
     )
     weights = [i / (columns - 1) for i in range(columns)]
-    images = [final(ddim(model.model, chain, slerp(first, last, w).to(model.dtype))).cpu() for w in weights]
+    with autocast(bench.world.device, model.config.precision):
+        images = [final(ddim(model.model, chain, slerp(first, last, w).to(model.dtype))).cpu() for w in weights]
     steps = [float((b - a).square().mean() / 4) for a, b in pairwise(images)]
     rows = [{"weight": w, "mse_to_next": gap} for w, gap in zip(weights, [*steps, 0.0], strict=True)]
     return rows, lambda axis: _tiles(axis, torch.stack(images, dim=1).flatten(0, 1), columns)

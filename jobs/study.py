@@ -24,16 +24,23 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from pipeline.config import TrainConfig, check_same_run, fail_usage, file_flags, horizon_steps, parse_flags, parse_train
-from pipeline.storage import Store, carries_credentials, mask
-from pipeline.tracking import connect, find_or_create_run, journal_dir, read_journal, tracking_uri
+from pipeline.config import (
+    INTERRUPTED_STATUS,
+    TrainConfig,
+    check_same_run,
+    fail_usage,
+    file_flags,
+    horizon_steps,
+    parse_flags,
+    parse_train,
+)
+from pipeline.storage import Store, carries_credentials, first_line, mask
+from pipeline.tracking import connect, find_or_create_run, journal_dir, read_journal, statuses, tracking_uri
 from pipeline.train import provide_digits, was_interrupted
 
 if TYPE_CHECKING:  # they bring torch and scipy
     from pipeline.evaluate import EvaluateConfig
     from pipeline.scaling import ComputePoint
-
-INTERRUPTED = 75
 
 HARDWARE: dict[str, tuple[dict[str, float], float]] = {
     "a100": ({"bf16": 312e12, "fp32": 19.5e12}, 1.8),
@@ -77,8 +84,10 @@ class Study:
     def __post_init__(self) -> None:
         if not self.values or len(set(self.values)) < len(self.values):
             raise ValueError(f"values: got {self.values}, expected one or more, each once")
-        if not self.budgets or len(set(self.budgets)) < len(self.budgets) or min(self.budgets) <= 0:
-            raise ValueError(f"budgets: got {self.budgets}, expected one or more positive FLOPs, each once")
+        if not self.budgets or min(self.budgets) <= 0:
+            raise ValueError(f"budgets: got {self.budgets}, expected one or more positive FLOPs")
+        if len({f"{budget:.3g}" for budget in self.budgets}) < len(self.budgets):  # runs are named by them
+            raise ValueError(f"budgets: got {self.budgets}, expected budgets that differ in their first three digits")
         if not self.separate and list(self.budgets) != sorted(self.budgets):
             raise ValueError(
                 f"budgets: got {self.budgets}, expected rising ones, which a run passes one after the other"
@@ -321,12 +330,9 @@ def _speed(options: Plan, study: Study) -> tuple[float, float, str]:
                 f"--hardware: no peak is known for {options.hardware} in {precision}, expected {list(peaks)}"
             )
         peak, price = peaks[precision], usual if price is None else price
-    seen = [
-        record["metrics"]["compute/utilization"]
-        for run in study.runs
-        for record in journal(run)
-        if record["kind"] == "metrics" and options.hardware == "here"  # is relative to the peak measured there
-    ]
+    runs = study.runs if options.hardware == "here" else []  # utilisation is relative to the peak measured there
+    records = [record for run in runs for record in journal(run) if record["kind"] == "metrics"]
+    seen = [record["metrics"]["compute/utilization"] for record in records]
     utilisation = options.utilisation or (statistics.median(seen) if seen else 0.3)
     how = "as given" if options.utilisation else "as measured" if seen else "assumed"
     return peak * utilisation, price or 0.0, f"{precision} at {utilisation:.1%} of {peak / 1e12:.3g} TFLOP/s ({how})"
@@ -391,7 +397,7 @@ def execute(options: Execute) -> int:
         words = [sys.executable, *command[1:], run.name, "--prefix", options.prefix]
         with log.open("ab") as file:
             status = children.run(words, file, {"OMP_NUM_THREADS": threads, **os.environ})
-        said = {0: "done", INTERRUPTED: "interrupted"}.get(status, f"failed with status {status}: see {log}")
+        said = {0: "done", INTERRUPTED_STATUS: "interrupted"}.get(status, f"failed with status {status}: see {log}")
         print(f"{run.name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
         return status
 
@@ -399,7 +405,7 @@ def execute(options: Execute) -> int:
     todo.sort(key=lambda run: -run.budgets[-1])
     with ThreadPoolExecutor(options.jobs) as pool:
         statuses = list(pool.map(start, todo))
-    return next((s for s in (INTERRUPTED, 1) if s in statuses), 1 if any(statuses) else 0)
+    return INTERRUPTED_STATUS if INTERRUPTED_STATUS in statuses else int(any(statuses))
 
 
 def _submit_array(study: Study, todo: Sequence[Run], file: Path) -> int:
@@ -448,7 +454,7 @@ def _submit_jobs(study: Study, todo: Sequence[Run], options: Execute) -> None:
             )
             print(f"{name}: submitted", flush=True)
     except (RuntimeError, RayError) as error:
-        raise ValueError(f"Ray refuses: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"Ray refuses: {first_line(error)}") from error
 
 
 def _find(study: Study, which: str) -> Run:
@@ -501,10 +507,10 @@ def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
         children = Children()
         if status := children.run([*prefix, *run.command(budget)]):
             # srun kills the tasks that leave last, and their status hides the others'.
-            return INTERRUPTED if status > 128 and was_interrupted(run.config) else status
+            return INTERRUPTED_STATUS if status > 128 and was_interrupted(run.config) else status
         children.let_go()
         if children.stop:
-            return INTERRUPTED
+            return INTERRUPTED_STATUS
         try:
             measure(study, run, budget)
         except ValueError as error:
@@ -550,9 +556,9 @@ class Children:
             process.send_signal(number if number == signal.SIGUSR1 else signal.SIGTERM)
 
     def run(self, command: Sequence[str], log: IO[bytes] | None = None, env: dict[str, str] | None = None) -> int:
-        """The exit status of a command: INTERRUPTED where a signal ended it, or kept it from starting."""
+        """The exit status of a command: INTERRUPTED_STATUS where a signal ended it, or kept it from starting."""
         if self.stop:
-            return INTERRUPTED
+            return INTERRUPTED_STATUS
         # A session of its own: what Ctrl-C sends to all comes to it once, from here.
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         self.running.append(process)
@@ -561,7 +567,7 @@ class Children:
         status = process.wait()
         self.running.remove(process)
         # Killed (by srun's account: above 128) before it could catch the signal.
-        return INTERRUPTED if self.stop and not 0 <= status <= 128 else status
+        return INTERRUPTED_STATUS if self.stop and not 0 <= status <= 128 else status
 
 
 def measure(study: Study, run: Run, budget: float) -> None:
@@ -617,9 +623,8 @@ def status(options: Status) -> None:
         for run in study.runs:
             records = journal(run)
             last: dict[str, Any] = next((r for r in reversed(records) if r["kind"] == "metrics"), {})
-            state = next((r["status"].lower() for r in reversed(records) if r["kind"] == "status"), "waiting")
-            if records and [r for r in records if r["kind"] != "evaluation"][-1]["kind"] != "status":
-                state = "running"
+            told = statuses(records)
+            state = (told[-1] or "running").lower() if told else "waiting"
             flops = last.get("metrics", {}).get("compute/train_flops", 0.0)
             rows.append([run.name, state, str(last.get("step", "")), f"{flops:.3g}", f"{flops / run.budgets[-1]:.0%}"])
             rows[-1] += [f"{last['metrics'][k]:.4g}" if last else "" for k in ("train/loss", "train/images_per_second")]

@@ -21,8 +21,10 @@ from pipeline.storage import StorageConfig
 
 T = TypeVar("T")
 
-INTERRUPTED = "interrupted.json"
-"""In a run's folder where a signal stopped it: by this, whoever started it decides whether to start it again."""
+INTERRUPTED_FILE = "interrupted.json"
+"""In a run's folder after a signal stopped it: whoever started it decides by this whether to start it again."""
+INTERRUPTED_STATUS = 75
+"""Exit status after a signal and a checkpoint: the same command resumes (BSD's EX_TEMPFAIL)."""
 
 
 def slurm_attempt() -> str:

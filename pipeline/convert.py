@@ -55,7 +55,9 @@ def main(argv: list[str]) -> None:
         raise SystemExit(0 if {"-h", "--help"} & set(argv) else 2)
     if not any(arg.split("=")[0] == "--out" for arg in argv):
         fail_usage(ValueError("--out: expected a folder or URL for the run"))
-    config, _ = parse_train(argv[2:])
+    config, dry_run = parse_train(argv[2:])
+    if dry_run:
+        fail_usage(ValueError("--dry-run: got it, but a conversion has none"))
     try:
         convert(argv[1], config)
     except (ValueError, OSError) as error:

@@ -113,8 +113,7 @@ class EvaluateConfig:
         for name in ("images", "images_per_call", "timesteps_per_call", "samples", "batch_size", "neighbours"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected 1 or more")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"--steps: got {self.steps}, expected 1 or more")
+        Recipe(self.sampler, 1 if self.steps is None else self.steps, self.eta, self.seed)
         self.wanted  # noqa: B018  # raises what is wrong with it
         if self.out and not (self.exact or self.chain):
             raise ValueError("--out: writes the terms by timestep, which only --exact and --chain know")
@@ -165,11 +164,18 @@ def measure(models: Sequence[Trained], config: EvaluateConfig, world: World, kee
     run = models[0].config
     data = Store(config.data or run.data.url, config.storage)
     cache = Cache(run.data.cache_dir, int(run.data.cache_gb * 1e9))
+    tools = None
+    if config.wanted - {"nll"}:  # first, so that nothing is measured in vain where something is missing
+        recipe, index, features = image_tools(config, run, data, world)
+        reference = _reference(config, data, index, features, cache, world)
+        if reference.images is None and (near := config.wanted & NEAR):
+            raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only their moments")
+        tools = recipe, features, reference
     found: list[Measured] = []
     if "nll" in config.wanted:
         found += _nll(models, config, data, cache, world, keep)
-    if config.wanted - {"nll"}:
-        found += _image_metrics(models[0], config, data, cache, world, keep)
+    if tools:
+        found += _image_metrics(models[0], config, *tools, world, keep)
     return found if world.rank == 0 else []
 
 
@@ -188,7 +194,7 @@ def _nll(
             world,
             store=Store(config.run, config.storage) if keep else None,
             identity=[index.digest, [m.identity for m in models]],
-            progress=keep and world.rank == 0,
+            progress=keep,
         )
     if config.out:
         world.alone(partial(write_out, config.out, _terms_csv(nll), config.storage))
@@ -205,7 +211,8 @@ def _nll(
         value, error = nll.difference
         found.append(Measured(f"{plan.name}_difference", value, models[0].step, found[0].passport, error))
         verdict = "lower" if value < 0 else "higher"
-        clear = abs(value) > found[-1].standard_error * 1.96 if found[-1].standard_error else False
+        low, high = found[-1].interval
+        clear = low > 0 or high < 0
         print(f"the first is {verdict}, {'clearly' if clear else 'but not significantly'} (95 %)")
     return found
 
@@ -213,16 +220,12 @@ def _nll(
 def _image_metrics(
     trained: Trained,
     config: EvaluateConfig,
-    data: Store,
-    cache: Cache,
+    recipe: Recipe,
+    features: Features,
+    reference: Reference,
     world: World,
     keep: bool,
 ) -> list[Measured]:
-    run, wanted = trained.config, config.wanted - {"nll"}
-    recipe, index, features = image_tools(config, run, data, world)
-    reference = _reference(config, data, index, features, cache, world)
-    if reference.images is None and (near := wanted & NEAR):
-        raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only their moments")
     images = {"n": config.samples, "ema": trained.ema_rate, **asdict(recipe), "features": features.digest}
     store = Store(config.run, config.storage) if keep else None
     blocks = Blocks(world, store, "images", [trained.identity, config.batch_size, images])
@@ -230,13 +233,13 @@ def _image_metrics(
     def draw(number: int) -> Block:
         lo = number * config.batch_size
         hi = min(lo + config.batch_size, config.samples)
-        (drawn,) = draw_batches(trained.model, run, recipe, lo, hi, device=world.device, batch_size=config.batch_size)
+        (drawn,) = draw_batches(trained, recipe, lo, hi, device=world.device, batch_size=config.batch_size)
         return features.see(drawn)
 
-    blocks.extend(math.ceil(config.samples / config.batch_size), draw, progress="sampling")
+    blocks.extend(math.ceil(config.samples / config.batch_size), draw, progress="sampling" if keep else None)
 
     def finish() -> dict[str, tuple[float, dict[str, Any]]]:
-        values = image_metrics(blocks.found, reference, features, wanted, config.neighbours)
+        values = image_metrics(blocks.found, reference, features, config.wanted - {"nll"}, config.neighbours)
         blocks.delete()  # some 12 KB an image
         return values
 
@@ -324,7 +327,7 @@ def track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) -
         run_config=record(trained.config),
         dataset={
             "url": trained.config.data.url,
-            "name": trained.config.data.url.rstrip("/").rsplit("/", 1)[-1],
+            "name": run_name(trained.config.data.url),
             "digest": meta["dataset_digest"] or "unknown",
         },
     )

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from iddpm.diffusion import Diffusion, Model
+from iddpm.diffusion import Diffusion
 from iddpm.ema import EMA
 from iddpm.flops import train_flops
 from iddpm.noise import normal, stream_key, uniform
 from iddpm.timesteps import make_sampler
 from pipeline.checkpoint import Checkpoints, Parts, StaleAttempt, Writer
 from pipeline.config import (
-    INTERRUPTED,
+    INTERRUPTED_FILE,
     TrainConfig,
     check_metrics,
     check_same_run,
@@ -37,7 +37,7 @@ from pipeline.data import Batch, Cache, ShardIndex, epoch_digests, expected_dige
 from pipeline.evaluate import EvaluateConfig, log_measured, measure
 from pipeline.hardware import device_name, peak_flops
 from pipeline.sample import Recipe, Trained, autocast, build_model, draw, ema_part, grid_png, image_shape, with_weights
-from pipeline.storage import Store
+from pipeline.storage import StorageError, Store
 from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir, read_journal, run_name, statuses
 from pipeline.world import World
 
@@ -151,7 +151,7 @@ class Metrics:
 
     def check_finite(self, world: World) -> None:
         """Raise NonFinite, on every rank, where a step's loss or gradient was not finite. Waits for the device."""
-        step = -int(max(world.gather(-int(self.bad_step))))
+        step = min(world.gather(int(self.bad_step)))
         if step < torch.iinfo(torch.int64).max:
             raise NonFinite(
                 f"step {step}: the loss or the gradient is not finite, so training stopped; the last good checkpoint is"
@@ -361,7 +361,7 @@ def _data(config: TrainConfig, world: World) -> ShardIndex:
 def _newest(config: TrainConfig, run: Store, index: ShardIndex, parts: list[Parts]) -> dict[str, Any]:
     """The newest checkpoint's facts, with its `step`, and into `parts` its parts; nothing where there is none."""
     run.check(write=True, once=True)
-    run.delete(INTERRUPTED)  # an earlier attempt's
+    run.delete(INTERRUPTED_FILE)  # an earlier attempt's
     found = Checkpoints(run).newest()
     if found and "optimizer" not in found[0].parts:
         raise ValueError(f"--out {config.out} holds converted weights, to sample and evaluate; give another --out")
@@ -394,8 +394,10 @@ def _recording(
             with suppress(Exception):  # what is being committed was good; its own failure is not the first
                 writer.close()
             with suppress(Exception):
-                stale = isinstance(error, StaleAttempt)  # the run is another attempt's, and goes on
+                stale = isinstance(error, StaleAttempt)  # the run belongs to another attempt, which continues it
                 tracker.close(None if stale else "FAILED")
+                if not (stale or isinstance(error, StorageError)):  # a store that failed would only be waited for
+                    _copy_journal(tracker, run)
         raise
 
 
@@ -444,7 +446,7 @@ def _end(run: Store, writer: Writer | None, tracker: Tracker | None, interrupted
     assert tracker
     writer.close()
     if interrupted_at is not None:
-        run.write(INTERRUPTED, json.dumps({"step": interrupted_at, "attempt": slurm_attempt()}).encode())
+        run.write(INTERRUPTED_FILE, json.dumps({"step": interrupted_at, "attempt": slurm_attempt()}).encode())
     tracker.close("FINISHED" if interrupted_at is None else "KILLED")
     _copy_journal(tracker, run)
 
@@ -498,10 +500,12 @@ def _int64(value: int) -> int:
 
 
 @contextmanager
-def _average(state: TrainState) -> Iterator[Model]:
-    """The model with the first moving average, not training; nor compiled, which would begin anew for other shapes."""
+def _average(state: TrainState) -> Iterator[Trained]:
+    """The model with the first moving average, in eval mode; not compiled, which would recompile for other shapes."""
+    config, rate = state.config, state.config.ema_rates[0]
     state.model.eval().fuse(False)
-    yield with_weights(state.model, state.ema.weights(state.config.ema_rates[0]))
+    model = with_weights(state.model, state.ema.weights(rate))
+    yield Trained(config, state.step, {"train_flops": state.flops}, rate, model)
     state.model.train().fuse(state.config.launch.compile)
 
 
@@ -509,8 +513,8 @@ def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: Wo
     """A grid of samples by the first moving average."""
     config = state.config
     recipe = Recipe("ancestral", config.sample_steps, 0.0, config.seed)
-    with _average(state) as model:
-        images = draw(model, config, recipe, config.sample_count, world, batch_size=config.microbatch or 64)
+    with _average(state) as trained:
+        images = draw(trained, recipe, config.sample_count, world, batch_size=config.microbatch or 64)
     if tracker and images is not None:
         png = grid_png(images)
         path = tracker.image(state.step, "samples", png)
@@ -532,8 +536,7 @@ def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:
     if config.microbatch:  # what fits, here as well
         calls = max(1, config.microbatch // (plan.draws + 1))
         plan = replace(plan, images_per_call=calls, batch_size=config.microbatch)
-    with _average(state) as model:
-        trained = Trained(config, state.step, {"train_flops": state.flops}, config.ema_rates[0], model)
+    with _average(state) as trained:
         found = measure([trained], plan, world, keep=False)
     if tracker:
         log_measured(tracker, trained, found)

@@ -22,6 +22,7 @@ from iddpm.likelihood import (
     jump_costs,
     pilot_distribution,
     pilot_sizes,
+    pilot_timesteps,
     sampled_bpd,
 )
 from iddpm.noise import normal, stream_key, uniform
@@ -33,7 +34,6 @@ from pipeline.storage import Store
 from pipeline.world import World
 
 PILOT_IMAGES = 16
-PILOT_TIMESTEPS = 80  # at most, as pilot_sizes takes them
 PATH_GRID = 256  # timesteps that the best path chooses from: the number of its steps' costs is the square
 LEAST_IMAGES = 64  # before --target-se may stop: a standard error from fewer is too often too small
 
@@ -93,7 +93,7 @@ class NllPlan:
     def evaluations(self, timesteps: int) -> int:
         """Of the network, on one image, for a model of T timesteps: at most, since --target-se may stop before."""
         if not (self.exact or self.chain):
-            return self.images * (self.draws + 1) + PILOT_IMAGES * min(PILOT_TIMESTEPS, timesteps - 1)
+            return self.images * (self.draws + 1) + PILOT_IMAGES * len(pilot_timesteps(timesteps))
         return self.images * self.steps(timesteps) + (PATH_GRID * PILOT_IMAGES if self.best else 0)
 
 
@@ -281,7 +281,7 @@ def _prepare(models: Sequence[Trained], plan: NllPlan, read: Read, ids: np.ndarr
             with autocast(device, model.config.precision):
                 squares.append(pilot_sizes(diffusion, model.model, x, partial(noise, None), y).square())
         probabilities = pilot_distribution(torch.stack(squares).mean(0).sqrt())
-        evaluations = min(PILOT_TIMESTEPS, config.timesteps - 1) * len(ids)
+        evaluations = len(pilot_timesteps(config.timesteps)) * len(ids)
     numbers = {"timesteps": torch.tensor(timesteps), "evaluations": torch.tensor(evaluations)}
     return {**numbers, "probabilities": probabilities}
 

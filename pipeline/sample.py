@@ -83,24 +83,16 @@ class Recipe:
             raise ValueError(f"--steps: got {self.steps}, expected 1 to the run's T = {config.timesteps}")
         return Diffusion(config, respace(config.timesteps, str(self.steps)), device)
 
-    def run(
-        self,
-        model: Model,
-        chain: Diffusion,
-        index: Tensor,
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        y: Tensor | None,
-    ) -> Iterator[Step]:
-        """The steps that draw the images of these numbers (int64 [n]); each depends on the seed and its number."""
+    def run(self, trained: Trained, chain: Diffusion, index: Tensor, y: Tensor | None = None) -> Iterator[Step]:
+        """The steps that draw the images with these numbers (int64 [n]); each depends on the seed and its number."""
 
         def noise(t: int | str) -> Tensor:
             names = ("z", t) if isinstance(t, int) else (t,)
-            return normal(stream_key(self.seed, *names), index, shape).to(dtype)
+            return normal(stream_key(self.seed, *names), index, trained.shape).to(trained.dtype)
 
         if self.sampler == "ddim":
-            return ddim(model, chain, noise("x_T"), self.eta, noise, y)
-        return ancestral(model, chain, noise("x_T"), noise, y)
+            return ddim(trained.model, chain, noise("x_T"), self.eta, noise, y)
+        return ancestral(trained.model, chain, noise("x_T"), noise, y)
 
 
 def load_trained(
@@ -172,35 +164,35 @@ def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> Model:
 
 
 def draw_batches(
-    model: Model,
-    config: TrainConfig,
+    trained: Trained,
     recipe: Recipe,
     lo: int,
     hi: int,
     *,
     device: torch.device,
+    chain: Diffusion | None = None,
     classes: Sequence[int] | None = None,
     frames: int | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[Tensor]:
-    """Images lo .. hi-1 as uint8 [n, C, H, W] on the device, some at a time.
+    """Images lo .. hi-1 as uint8 [n, C, H, W] on the device, `batch_size` at a time.
 
-    With `frames`, uint8 [n, frames, C, H, W]: the clean image as so many steps of the chain predicted it, the last
-    one among them. Class-conditional models go through `classes` in turn (default: all of them).
+    `chain` replaces the recipe's evenly spaced one. With `frames`, uint8 [n, frames, C, H, W]: the x_start predicted
+    at that many steps of the chain, the last step included. Class-conditional models cycle through `classes`
+    (default: all).
     """
-    chain = recipe.chain(config.diffusion, device)
-    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    config, chain = trained.config, chain or recipe.chain(trained.config.diffusion, device)
     kept = {round(i * (recipe.steps - 1) / max(frames - 1, 1)) for i in range(frames)} if frames else set()
     kinds = _classes(config, classes, device)
-    bar = tqdm(total=(hi - lo) * recipe.steps, unit="step", desc="sampling", disable=None if progress else True)
+    bar = tqdm(total=(hi - lo) * chain.num_timesteps, unit="step", desc="sampling", disable=None if progress else True)
     with closing(bar):
         for start in range(lo, hi, batch_size):
             index = torch.arange(start, min(start + batch_size, hi), device=device)
             y = kinds[index % len(kinds)] if kinds is not None else None
             seen = []
             with autocast(device, config.precision):
-                for step in recipe.run(model, chain, index, image_shape(config), dtype, y):
+                for step in recipe.run(trained, chain, index, y):
                     if step.t in kept:
                         seen.append(to_uint8(step.pred_xstart))
                     bar.update(len(index))
@@ -208,8 +200,7 @@ def draw_batches(
 
 
 def draw(
-    model: Model,
-    config: TrainConfig,
+    trained: Trained,
     recipe: Recipe,
     count: int,
     world: World,
@@ -221,8 +212,7 @@ def draw(
 ) -> Tensor | None:
     """`count` images, shared out over the ranks, on rank 0's CPU; None on the others. As `draw_batches` otherwise."""
     batches = draw_batches(
-        model,
-        config,
+        trained,
         recipe,
         *world.share(count),
         device=world.device,
@@ -398,8 +388,7 @@ def main(config: SampleConfig, world: World) -> None:
         columns = config.count
     else:
         images = draw(
-            trained.model,
-            run,
+            trained,
             recipe,
             config.count,
             world,

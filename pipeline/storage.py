@@ -656,6 +656,11 @@ def mask(text: str) -> str:
     return _KEY.sub(r"\1***", _USER.sub("***@", text))
 
 
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message, masked; its type where it has none."""
+    return mask((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
+
+
 def carries_credentials(url: str) -> bool:
     """Whether there are any in it: abfs://container@account and a path with token=1 in it have none."""
     return bool(_USER.search(url) or _KEY.search(url[url.find("?") :] if "?" in url else ""))

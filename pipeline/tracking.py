@@ -24,7 +24,7 @@ from typing import Any
 import tyro
 
 from pipeline.config import TrackingConfig, flatten, parse_flags
-from pipeline.storage import StorageConfig, Store, mask
+from pipeline.storage import StorageConfig, Store, first_line, mask
 
 JOURNAL = "journal.jsonl"
 EVALUATIONS = "evaluations/"  # folder beside the copy under a remote run's URL
@@ -33,7 +33,8 @@ BATCH = 200  # journal lines shipped at once
 
 def journal_dir(out: str) -> Path:
     """The local folder of a run's journal: the run's own where it is local, else runs/NAME-HASH here."""
-    return Store(out).local or Path("runs") / f"{run_name(out)}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
+    store = Store(out)
+    return store.local or Path("runs") / f"{run_name(out)}-{hashlib.sha256(store.url.encode()).hexdigest()[:8]}"
 
 
 def run_name(out: str) -> str:
@@ -250,11 +251,11 @@ class Shipper:
             except Exception as error:  # a tracking server's troubles are never the run's
                 if self.problem is None:
                     print(
-                        f"warning: MLflow at {mask(self.uri)} does not answer ({_first_line(error)}); training goes"
+                        f"warning: MLflow at {mask(self.uri)} does not answer ({first_line(error)}); training goes"
                         f" on, its history is in {self.folder / JOURNAL}, and is sent when MLflow is back.",
                         flush=True,
                     )
-                self.problem = _first_line(error)
+                self.problem = first_line(error)
                 self._client = None  # the server may come back with another database
                 pause = min(2 * pause, 30.0)
             if closing:
@@ -397,10 +398,6 @@ def _cut_torn_line(file: Any) -> None:
     if (whole := content.rfind(b"\n") + 1) < len(content):
         file.truncate(whole)
     file.seek(0, os.SEEK_END)
-
-
-def _first_line(error: BaseException) -> str:
-    return mask((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import INTERRUPTED, TrainConfig, horizon_steps, parse_train, record, slurm_attempt
+from pipeline.config import (
+    INTERRUPTED_FILE,
+    INTERRUPTED_STATUS,
+    TrainConfig,
+    horizon_steps,
+    parse_train,
+    record,
+    slurm_attempt,
+)
 from pipeline.storage import Store
 
 if TYPE_CHECKING:
@@ -30,21 +38,18 @@ def run(config: TrainConfig, world: "World") -> int:
     world.catch_signals()
     from pipeline.launch import report
     from pipeline.loop import train
-    from pipeline.world import INTERRUPTED_STATUS
 
     ray = world.launcher == "ray"
     if ray and "/working_dir_files/" in str(Path(config.out).absolute()) and "://" not in config.out:
         world.say(f"warning: --out {config.out} is in Ray's copy of the working directory; give a URL or absolute path")
-    if world.rank == 0:
-        provide_digits(config)
-    world.broadcast_object(None)  # the others wait for it
+    world.alone(partial(provide_digits, config))
     return INTERRUPTED_STATUS if train(config, world, report if ray else None) == "interrupted" else 0
 
 
 def was_interrupted(config: TrainConfig) -> bool:
     """Whether a signal stopped the run's last attempt: its own word, where a launcher hides its exit status."""
     try:
-        mark = json.loads(Store(config.out, config.storage).read(INTERRUPTED))
+        mark = json.loads(Store(config.out, config.storage).read(INTERRUPTED_FILE))
     except FileNotFoundError:
         return False
     return "SLURM_JOB_ID" not in os.environ or bool(mark.get("attempt") == slurm_attempt())

@@ -24,14 +24,12 @@ import torch
 import torch.distributed as dist
 
 from pipeline.checkpoint import StaleAttempt
-from pipeline.config import LaunchConfig
+from pipeline.config import INTERRUPTED_STATUS, LaunchConfig
 from pipeline.liveness import CONFESSED, Liveness, listen
+from pipeline.storage import first_line
 
 T = TypeVar("T")
 Job = tuple["Future[Any]", Callable[[], Any]]
-
-INTERRUPTED_STATUS = 75
-"""Exit status after a signal and a checkpoint: the same command resumes (BSD's EX_TEMPFAIL)."""
 
 
 class RankFailure(RuntimeError):
@@ -206,7 +204,7 @@ class World:
     def explain(self, error: BaseException) -> RankFailure | None:
         """What a failed collective means: the rank that died, hangs or failed, or None where none did."""
         if self._liveness and (failure := self._liveness.blame()):
-            seen = f"seen by rank {self.rank} at step {self._liveness.step}: {_first_line(error)}"
+            seen = f"seen by rank {self.rank} at step {self._liveness.step}: {first_line(error)}"
             result = RankFailure(f"{failure} ({seen})")
             result.confessed = CONFESSED in failure
             return result
@@ -220,7 +218,7 @@ class World:
     def confess(self, error: BaseException) -> None:
         """Tell the others that this rank is going, and why."""
         if self._liveness:
-            self._first = self._liveness.confess(_first_line(error))
+            self._first = self._liveness.confess(first_line(error))
 
     def should_tell(self, error: BaseException) -> bool:
         """Whether this rank should print its error: what all ranks raise together is told once."""
@@ -355,7 +353,7 @@ def _mpi() -> tuple[int, int, int, int]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ValueError(f"mpi4py finds no MPI library ({_first_line(error)}). {_MPI_ADVICE}") from error
+        raise ValueError(f"mpi4py finds no MPI library ({first_line(error)}). {_MPI_ADVICE}") from error
 
     comm = MPI.COMM_WORLD
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -471,7 +469,3 @@ def leave(world: World | None, status: int) -> NoReturn:
         # Python's own way out would wait for threads that wait for peers, or for a store that does not answer.
         os._exit(status)
     raise SystemExit(status)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -62,6 +62,20 @@ def test_values_go_to_the_terminal_and_the_journal(small_run: str, capsys: pytes
     assert len(evaluations(small_run)) == before + 1
 
 
+def test_what_images_lack_is_said_before_anything_is_measured(
+    small_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "measure_nll", None)
+    with pytest.raises(ValueError, match="--inception"):
+        main(EvaluateConfig(small_run, "nll,fid", **NO_TRACKING), World())
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(64), sigma=np.eye(64))
+    reference = {"reference": str(tmp_path / "moments.npz"), "features": "trained"}
+    with pytest.raises(ValueError, match="--reference"):
+        main(EvaluateConfig(small_run, "nll,fid", **reference, **NO_TRACKING), World())
+    with pytest.raises(ValueError, match="--eta"):
+        EvaluateConfig(small_run, "nll,fid", eta=0.5)
+
+
 def test_two_checkpoints_of_a_run_are_compared(small_run: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(EvaluateConfig(small_run, images=16, draws=4, against_step=20, **NO_TRACKING), World())
     said = capsys.readouterr().out
@@ -194,7 +208,7 @@ def test_a_killed_evaluation_of_images_goes_on_where_it_was(
     drawn = []
 
     def counting(*arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
-        drawn.append(range(*arguments[3:5]))
+        drawn.append(range(*arguments[2:4]))
         return draw_batches(*arguments, **options)
 
     monkeypatch.setattr(evaluate, "draw_batches", counting)

@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT, TINY, tiny
 from ranks import STRICT, assert_same_run, descendants, newest_step, read
 
-from pipeline.loop import INTERRUPTED, train
+from pipeline.config import INTERRUPTED_FILE
+from pipeline.loop import train
 from pipeline.world import World
 
 BIN = Path(sys.executable).parent
@@ -134,7 +135,7 @@ def test_torchrun_passes_its_signals_on(digits: str, tmp_path: Path) -> None:
         os.kill(run.process.pid, number)
         assert run.wait(60) == 1  # torchrun's own: hence the marker
         assert "checkpointed" in run.said()
-        assert json.loads((out / INTERRUPTED).read_text())["step"] == newest_step(out)
+        assert json.loads((out / INTERRUPTED_FILE).read_text())["step"] == newest_step(out)
 
 
 @pytest.mark.mpi
@@ -144,7 +145,7 @@ def test_mpirun_passes_usr1_on_and_returns_the_status(digits: str, tmp_path: Pat
     until(lambda: newest_step(out) >= 10, run)
     os.kill(run.process.pid, signal.SIGUSR1)
     assert run.wait(60) == 75
-    assert json.loads((out / INTERRUPTED).read_text())["step"] == newest_step(out)
+    assert json.loads((out / INTERRUPTED_FILE).read_text())["step"] == newest_step(out)
 
 
 @pytest.mark.mpi

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import loop
 from pipeline.checkpoint import Checkpoints, DamagedCheckpoint
+from pipeline.config import INTERRUPTED_FILE
 from pipeline.data import load_index, stream
-from pipeline.loop import INTERRUPTED, NonFinite, TrainState, train, train_step
+from pipeline.loop import NonFinite, TrainState, train, train_step
 from pipeline.storage import Store
 from pipeline.tracking import JOURNAL, read_journal
 from pipeline.world import World
@@ -103,9 +104,9 @@ def test_interrupted_and_resumed_is_the_same_run(digits: str, tmp_path: Path) ->
         world = Interrupting()
         world.stop_at = at
         assert train(tiny(digits, out, *IMPORTANCE), world) == "interrupted"
-        assert json.loads((out / INTERRUPTED).read_text())["step"] == at
+        assert json.loads((out / INTERRUPTED_FILE).read_text())["step"] == at
     assert train(tiny(digits, out, *IMPORTANCE), World()) == "finished"
-    assert not (out / INTERRUPTED).exists()
+    assert not (out / INTERRUPTED_FILE).exists()
     assert_same(newest(tmp_path / "whole"), newest(out))
     assert losses(out) == losses(tmp_path / "whole")
 
@@ -159,12 +160,25 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_good_checkpoint(
         step(state, batch, world)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
-    (tmp_path / INTERRUPTED).touch()  # by an earlier attempt
+    (tmp_path / INTERRUPTED_FILE).touch()  # by an earlier attempt
     with pytest.raises(NonFinite, match=r"step 10: .*last good checkpoint"):
         train(tiny(digits, tmp_path, "--horizon", "40steps"), World())
-    assert not (tmp_path / INTERRUPTED).exists()
+    assert not (tmp_path / INTERRUPTED_FILE).exists()
     assert_same(newest(tmp_path), good)
     assert read_journal(tmp_path)[-1]["status"] == "FAILED"
+
+
+def test_a_remote_run_that_failed_says_so_elsewhere(
+    digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise NonFinite("step 1")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "train_step", failing)
+    with pytest.raises(NonFinite):
+        train(tiny(digits, "memory://failed/run"), World())
+    assert read_journal(Store("memory://failed/run"))[-1]["status"] == "FAILED"
 
 
 def test_a_history_cut_off_behind_the_last_checkpoint_is_closed(digits: str, tmp_path: Path) -> None:
@@ -326,7 +340,7 @@ def test_a_signal_checkpoints_and_exits_75(digits: str, tmp_path: Path, number: 
     os.kill(process.pid, number)
     said = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 75, said
-    step = json.loads((out / INTERRUPTED).read_text())["step"]
+    step = json.loads((out / INTERRUPTED_FILE).read_text())["step"]
     assert f"interrupted at step {step}" in said
     assert step_reached(out) == step
 

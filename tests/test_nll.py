@@ -9,6 +9,7 @@ import torch
 from conftest import tiny
 from ranks import Ranks, in_world
 
+from iddpm.likelihood import pilot_timesteps
 from pipeline import blocks
 from pipeline import nll as module
 from pipeline.data import Reader, load_index
@@ -58,6 +59,11 @@ def test_sampled_agrees_with_exact_and_costs_less(val: Reader, trained: Trained)
     assert gap.std() < 0.5 * exact.total[0].std()
     assert exact.evaluations == 48 * 20
     assert sampled.evaluations == 48 * 9 + 19 * 16
+
+
+def test_evaluations_are_counted_as_the_pilot_takes_them() -> None:
+    assert [len(pilot_timesteps(steps)) for steps in (4000, 50, 20, 2)] == [73, 41, 19, 1]
+    assert NllPlan(10, draws=16).evaluations(50) == 10 * 17 + 41 * 16
 
 
 def test_the_seed_chooses_images_and_noise(val: Reader, trained: Trained) -> None:

@@ -26,7 +26,7 @@ def trained(small_run: str) -> Trained:
 
 
 def drawn(trained: Trained, recipe: Recipe, count: int = 10, **options: Any) -> torch.Tensor:
-    images = draw(trained.model, trained.config, recipe, count, World(), **options)
+    images = draw(trained, recipe, count, World(), **options)
     assert images is not None
     return images
 
@@ -38,10 +38,7 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(trained: Trained, rec
     assert whole.dtype == torch.uint8
     assert len({image.numpy().tobytes() for image in whole}) == 10
     for cuts in ((0, 4, 7, 10), (0, 1, 10)):
-        parts = [
-            draw_batches(trained.model, trained.config, recipe, lo, hi, device=CPU, batch_size=3)
-            for lo, hi in pairwise(cuts)
-        ]
+        parts = [draw_batches(trained, recipe, lo, hi, device=CPU, batch_size=3) for lo, hi in pairwise(cuts)]
         assert torch.equal(torch.cat([batch for part in parts for batch in part]), whole)
     other = drawn(trained, Recipe(recipe.sampler, 5, recipe.eta, 4))
     assert not torch.equal(other, whole)

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, tiny
 from ranks import STRICT, assert_same_run, newest_step
 
 from jobs.study import load_points, load_study
-from pipeline.config import INTERRUPTED
+from pipeline.config import INTERRUPTED_FILE
 from pipeline.loop import train
 from pipeline.tracking import read_journal
 from pipeline.world import World, pick_device
@@ -154,7 +154,7 @@ def test_a_cancelled_run_stays_down_until_it_is_started_again(
 def test_the_run_says_itself_whether_it_was_interrupted(tmp_path: Path, attempt: str | None, interrupted: bool) -> None:
     """And which start of which job was."""
     if attempt:
-        (tmp_path / INTERRUPTED).write_text(json.dumps({"step": 1, "attempt": attempt}))
+        (tmp_path / INTERRUPTED_FILE).write_text(json.dumps({"step": 1, "attempt": attempt}))
     command = 'source slurm/job.sh; source slurm/environment.sh; was_interrupted "$@"'
     words = ["bash", "-c", command, "-", "--preset", "digits", "--out", str(tmp_path), "--lr", "1e-3"]
     result = subprocess.run(words, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "2"})

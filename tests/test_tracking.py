@@ -248,6 +248,7 @@ def test_journal_dir() -> None:
     assert remote.parent == Path("runs")
     assert remote.name.startswith("a-")
     assert remote != journal_dir("s3://bucket/other/a")
+    assert remote == journal_dir("s3://bucket/team/a/")
 
 
 def test_records_are_plain_json_lines(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from conftest import tiny
 from ranks import STRICT, Ranks, assert_same_run, in_world, newest, newest_step, train_here, train_on
 
 from pipeline import loop
-from pipeline.config import LaunchConfig, TrainConfig
+from pipeline.config import INTERRUPTED_FILE, LaunchConfig, TrainConfig
 from pipeline.data import load_index, stream
-from pipeline.loop import INTERRUPTED, TrainState, train, train_step
+from pipeline.loop import TrainState, train, train_step
 from pipeline.storage import Store
 from pipeline.tracking import read_journal
 from pipeline.world import World, _first_host, _tasks_per_node, connect, detect_launcher, pick_device, run_main
@@ -239,11 +239,11 @@ def test_a_signal_to_any_rank_stops_all_at_one_step(
         assert ranks.join(30) == [75, 75]
         assert "checkpointed" in ranks.said(0)
         assert ranks.said(1) == ""
-    step = json.loads((out / INTERRUPTED).read_text())["step"]
+    step = json.loads((out / INTERRUPTED_FILE).read_text())["step"]
     assert 10 <= step < 30
     assert newest_step(out) == step
     train_on(2, tmp_path / "again", config)
-    assert not (out / INTERRUPTED).exists()
+    assert not (out / INTERRUPTED_FILE).exists()
     assert_same_run(out, reference)
 
 
