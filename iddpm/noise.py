@@ -23,9 +23,9 @@ _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
 
 
-def stream_key(seed: int, *names: str | int) -> int:
+def stream_key(*names: int | str) -> int:
     """The key of an independent stream, a signed 64-bit integer: `stream_key(seed, "noise", step)`."""
-    digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr(names).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -36,9 +36,14 @@ def mix64(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def random_bits(key: int, index: Tensor) -> Tensor:
+    """int64 [n]: 64 random bits for each `index` (int64 [n])."""
+    return mix64((index + 1) * _GAMMA + key)
+
+
 def uniform(key: int, index: Tensor) -> Tensor:
     """float64 [n] uniform in [0, 1) with 53 random bits, one for each `index` (int64 [n])."""
-    return _shift_right(_hash(key, index), 11).double() * 2.0**-53
+    return _shift_right(random_bits(key, index), 11).double() * 2.0**-53
 
 
 def normal(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
@@ -49,16 +54,12 @@ def normal(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
     """
     size = math.prod(shape)
     pair = torch.arange(1, (size + 1) // 2 + 1, device=index.device)
-    bits = mix64(_hash(key, index)[:, None] + pair * _GAMMA)
+    bits = mix64(random_bits(key, index)[:, None] + pair * _GAMMA)
     u1 = (_shift_right(bits, 32).double() + 1) * 2.0**-32  # in (0, 1], so that its log is finite
     u2 = (bits & 0xFFFFFFFF).double() * 2.0**-32
     radius, angle = (-2 * u1.log()).sqrt(), 2 * math.pi * u2
     z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)
     return z[:, :size].float().reshape(-1, *shape)
-
-
-def _hash(key: int, index: Tensor) -> Tensor:
-    return mix64((index + 1) * _GAMMA + key)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -25,15 +25,9 @@ def load_published(path: str | Path, config: UNetConfig, out_channels: int) -> d
         raise ValueError(f"{path}: expected a dict of tensors, a UNet's state_dict")
 
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in UNet(config, out_channels).state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in got]
-    problems += [f"unexpected {name} {shape}" for name, shape in got.items() if name not in expected]
-    problems += [
-        f"{name}: got {got[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in got and got[name] != shape
-    ]
-    if problems:
-        raise ValueError(f"{path}: not the weights of this model config:\n  " + "\n  ".join(problems))
+        model = UNet(config, out_channels)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: not the weights of this model config: {error}") from error
     return state

@@ -4,6 +4,7 @@ This module imports neither torch nor any client library, so that `--help` answe
 Precedence: preset < YAML file (`--config`) < flags.
 """
 
+import argparse
 import dataclasses
 import math
 import os
@@ -204,29 +205,29 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     """
     from pipeline.presets import PRESETS
 
-    argv = list(argv)
-    dry_run = "--dry-run" in argv
-    argv = [arg for arg in argv if arg != "--dry-run"]
-    preset = _take(argv, "--preset") or "digits"
-    file = _take(argv, "--config")
+    parser = argparse.ArgumentParser(_program(), "%(prog)s [--help] [flags]", add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, default="digits")
+    parser.add_argument("--config")
+    parser.add_argument("--dry-run", action="store_true")
+    own, rest = parser.parse_known_args(argv)
     try:
-        if preset not in PRESETS:
-            raise ValueError(f"--preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
-        argv = (file_flags(file) if file else []) + argv
+        flags = [*(file_flags(own.config) if own.config else []), *rest]
     except ValueError as error:
         fail_usage(error)
-    return parse_flags(TrainConfig, argv, _description(preset, list(PRESETS)), PRESETS[preset]), dry_run
+    description = _description(own.preset, list(PRESETS))
+    return parse_flags(TrainConfig, flags, description, PRESETS[own.preset]), own.dry_run
 
 
 def parse_flags(kind: type[T], argv: Sequence[str], description: str, default: T | None = None) -> T:
     """Parse `argv` into the dataclass `kind`; a bad flag or value prints its message and exits with status 2."""
-    program = f"python -m {sys.modules['__main__'].__spec__.name}" if sys.modules["__main__"].__spec__ else None
-    try:
-        if default is None:
-            return tyro.cli(kind, args=list(argv), description=description, prog=program)
-        return tyro.cli(kind, args=list(argv), description=description, prog=program, default=default)
-    except ValueError as error:
-        fail_usage(error)
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=list(argv), description=description, prog=_program(), **defaults)
+
+
+def _program() -> str | None:
+    """How the program was started, for its messages."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name}" if spec else None
 
 
 def fail_usage(error: Exception) -> NoReturn:
@@ -243,20 +244,6 @@ def _description(preset: str, presets: list[str]) -> str:
         "The same command run again resumes the run. "
         "Exit status: 0 done, 75 interrupted by a signal and checkpointed (run again), 1 failed, 2 bad usage."
     )
-
-
-def _take(argv: list[str], flag: str) -> str | None:
-    """Remove `flag VALUE` or `flag=VALUE` from argv and return the last VALUE."""
-    value = None
-    while (at := next((i for i, arg in enumerate(argv) if arg.split("=")[0] == flag), None)) is not None:
-        if "=" in argv[at]:
-            value = argv.pop(at).split("=", 1)[1]
-        elif at + 1 < len(argv):
-            value = argv.pop(at + 1)
-            argv.pop(at)
-        else:
-            fail_usage(ValueError(f"{flag}: expected a value after it"))
-    return value
 
 
 def file_flags(path: str) -> list[str]:

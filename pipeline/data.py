@@ -23,7 +23,6 @@ import logging
 import os
 import re
 import tarfile
-import tempfile
 import threading
 import zlib
 from collections import deque
@@ -215,17 +214,13 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
 # --- order ---
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014), uint64 -> uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def _hashes(values: np.ndarray, *key: int | str) -> np.ndarray:
     """uint64 hash of each value under a key."""
-    start = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
-    return _mix(np.uint64(start) + (values.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    import torch
+
+    from iddpm.noise import random_bits, stream_key
+
+    return random_bits(stream_key(*key), torch.from_numpy(values.astype(np.int64))).numpy().view(np.uint64)
 
 
 def permutation(n: int, *key: int | str) -> np.ndarray:
@@ -442,11 +437,7 @@ class Cache:
 
 def _in_memory(store: Store, shard: Shard) -> _File:
     data = store.read(shard.name, shard.sha256)
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create(shard.sha256)
-    else:
-        with tempfile.TemporaryFile() as anonymous:
-            descriptor = os.dup(anonymous.fileno())
+    descriptor = os.memfd_create(shard.sha256)
     with open(descriptor, "wb", closefd=False) as out:
         out.write(data)
     return _File(descriptor, f"{shard.name} at {store}")

@@ -297,20 +297,14 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def grid_png(images: Tensor, columns: int | None = None) -> bytes:
-    """uint8 [N, C, H, W] as one PNG, near square; small images enlarged so that a person sees them."""
-    n, _, height, width = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    scale = max(1, 64 // height)
-    gap = 2
-    canvas = np.full((rows * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 255, np.uint8)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        tile = image.repeat(scale, 0).repeat(scale, 1)
-        top = gap + i // columns * (height * scale + gap)
-        left = gap + i % columns * (width * scale + gap)
-        canvas[top : top + height * scale, left : left + width * scale] = tile  # grey spreads over RGB
+    """uint8 [N, C, H, W] as one PNG, nearly square; small images are enlarged to 64 pixels."""
+    from torchvision.utils import make_grid
+
+    scale = max(1, 64 // images.shape[2])
+    large = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = make_grid(large, columns or math.ceil(math.sqrt(len(images))), pad_value=255)
     buffer = io.BytesIO()
-    Image.fromarray(canvas).save(buffer, "PNG")
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return buffer.getvalue()
 
 

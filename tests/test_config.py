@@ -67,7 +67,7 @@ def test_preset_under_yaml_under_flags(tmp_path) -> None:
         (["--model.channels", "97"], "multiple of 32"),
         (["--model.channels", "many"], "many"),
         (["--preset", "imagenet65"], "imagenet64"),
-        (["--preset"], "expected a value"),
+        (["--preset"], "expected one argument"),
         (["--horizon", "3epochs"], "4000steps"),
         (["--horizon", "-3steps"], "positive"),
         (["--batch-size", "0"], "--batch-size"),
