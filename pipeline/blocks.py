@@ -32,7 +32,7 @@ class Blocks:
         self.prefix = f"evaluation/{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}-"
         self.found: list[Block] = []
         """On rank 0; the others have none."""
-        world.alone(self._load)
+        world.on_rank0(self._load)
         self.kept = len(self.found)
 
     def extend(
@@ -58,15 +58,15 @@ class Blocks:
                 if first >= count:
                     break
                 if due:
-                    world.alone(self._save)
+                    world.on_rank0(self._save)
                     saved = time.monotonic()
                 number = first + world.rank
                 work: Callable[[], Block | None] = partial(measure, number) if number < count else lambda: None
-                for block in world.together(work):
+                for block in world.to_rank0(work):
                     # In a larger world, too, what comes after the last one needed is dropped.
-                    if world.rank == 0 and block and not enough(self.found):
+                    if block and not enough(self.found):
                         self.found.append(block)
-        world.alone(self._save)
+        world.on_rank0(self._save)
 
     def delete(self) -> None:
         """From the store."""

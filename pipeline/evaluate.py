@@ -156,7 +156,7 @@ def main(config: EvaluateConfig, world: World) -> None:
             print(value)
         track(models[0], [value for value in found if not value.name.endswith("_difference")], config)
 
-    world.alone(tell)
+    world.on_rank0(tell)
 
 
 def measure(models: Sequence[Trained], config: EvaluateConfig, world: World, keep: bool) -> list[Measured]:
@@ -197,7 +197,7 @@ def _nll(
             progress=keep,
         )
     if config.out:
-        world.alone(partial(write_out, config.out, _terms_csv(nll), config.storage))
+        world.on_rank0(partial(write_out, config.out, _terms_csv(nll), config.storage))
     if world.rank != 0:
         return []
     shared = {"n": nll.total.shape[1], "split": config.split, "data": index.digest[:16], "seed": config.seed}
@@ -243,7 +243,7 @@ def _image_metrics(
         blocks.delete()  # some 12 KB an image
         return values
 
-    values = world.alone(finish)
+    values = world.on_rank0(finish)
     passport = images | {"reference": reference.digest}
     return [
         Measured(features.metric(name), value, trained.step, passport | more) for name, (value, more) in values.items()

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.checkpoint import StaleAttempt
 from pipeline.config import LaunchConfig
-from pipeline.world import RankFailure, World, pick_device, together
+from pipeline.world import RankFailure, World, fail_together, pick_device
 
 
 def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> int:
@@ -134,7 +134,7 @@ def _work(body: Callable[[World], int | None], config: LaunchConfig, folder: str
         on_signal,
     )
     try:
-        with together(world):
+        with fail_together(world):
             return body(world)
     except (ValueError, StaleAttempt) as error:
         ray.get(flag.give_up.remote(str(error)))  # the others may be ended before they hear of it, which Ray retries

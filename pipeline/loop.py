@@ -251,11 +251,12 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
     """
     run = Store(config.out, config.storage)
     index = _data(config, world)
-    found: list[Parts] = []  # on rank 0
-    meta = world.alone(lambda: _newest(config, run, index, found))
+    found = world.only_on_rank0(lambda: _newest(config, run, index))
+    meta = world.broadcast_object(found[0] if found else None)
     state = TrainState(config, world)
     if meta:
-        state.load(meta["step"], found.pop() if found else None, world)
+        state.load(meta["step"], found[1] if found else None, world)
+        found = None  # as large as the state
         if world.rank == 0:
             state.epoch_digests = {int(epoch): digest for epoch, digest in meta["epoch_digests"].items()}
     steps = horizon_steps(config, state.flops_per_image)
@@ -265,7 +266,7 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
     )
     if state.step >= steps:
         if state.step == steps:
-            world.alone(lambda: _settle(config, run, index, meta))
+            world.on_rank0(lambda: _settle(config, run, index, meta))
         world.say(f"already complete at step {state.step}; a longer --horizon continues it")
         return "finished"
 
@@ -294,7 +295,7 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
                     writer.check()
                 if world.stop_agreed():
                     _checkpoint(state, run, writer, tracker, index, world)
-                    world.alone(lambda: _end(run, writer, tracker, state.step))
+                    world.on_rank0(lambda: _end(run, writer, tracker, state.step))
                     world.say(f"interrupted at step {state.step}, checkpointed; the same command resumes")
                     return "interrupted"
 
@@ -325,7 +326,7 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
                 if state.step == steps or state.step % config.checkpoint_every == 0:
                     with clock.stopped():
                         _checkpoint(state, run, writer, tracker, index, world)
-        world.alone(lambda: _end(run, writer, tracker))
+        world.on_rank0(lambda: _end(run, writer, tracker))
     world.say(f"finished at step {state.step}: {config.out}")
     return "finished"
 
@@ -358,24 +359,23 @@ def _data(config: TrainConfig, world: World) -> ShardIndex:
     return index
 
 
-def _newest(config: TrainConfig, run: Store, index: ShardIndex, parts: list[Parts]) -> dict[str, Any]:
-    """The newest checkpoint's facts, with its `step`, and into `parts` its parts; nothing where there is none."""
+def _newest(config: TrainConfig, run: Store, index: ShardIndex) -> tuple[dict[str, Any], Parts]:
+    """The newest checkpoint's metadata, with its `step`, and its parts; both empty where there is none."""
     run.check(write=True, once=True)
     run.delete(INTERRUPTED_FILE)  # an earlier attempt's
     found = Checkpoints(run).newest()
     if found and "optimizer" not in found[0].parts:
         raise ValueError(f"--out {config.out} holds converted weights, to sample and evaluate; give another --out")
     if not found:
-        return {}
-    record, newest = found
-    check_same_run(record.meta["config"], config)
-    if record.meta["dataset_digest"] != index.digest:
+        return {}, {}
+    newest, parts = found
+    check_same_run(newest.meta["config"], config)
+    if newest.meta["dataset_digest"] != index.digest:
         raise ValueError(
             f"--data.url {config.data.url}: not the data that the run at {config.out} was trained on (digest"
-            f" {index.digest}, expected {record.meta['dataset_digest']})"
+            f" {index.digest}, expected {newest.meta['dataset_digest']})"
         )
-    parts.append(newest)
-    return record.meta | {"step": record.step}
+    return newest.meta | {"step": newest.step}, parts
 
 
 @contextmanager
@@ -383,9 +383,7 @@ def _recording(
     config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any], world: World
 ) -> Iterator[tuple[Tracker | None, Writer | None]]:
     """Rank 0's tracker and checkpoint writer; the other ranks have none. `_end` closes them; here, what fails does."""
-    opened: list[tuple[Tracker, Writer]] = []
-    world.alone(lambda: opened.append(_begin(config, run, index, meta, world)))
-    tracker, writer = opened[0] if opened else (None, None)
+    tracker, writer = world.only_on_rank0(lambda: _begin(config, run, index, meta, world)) or (None, None)
     try:
         yield tracker, writer
     except BaseException as error:
@@ -468,7 +466,7 @@ def _checkpoint(
     if not (writer and tracker):
         state.metrics.reset()
         state.epoch_digests = {}
-        world.alone(lambda: None)  # while rank 0 may wait for an upload
+        world.on_rank0(lambda: None)  # while rank 0 may wait for an upload
         return
     config = state.config
     epochs = sorted({epoch for share in shares for epoch in share})
@@ -491,7 +489,7 @@ def _checkpoint(
     }
     first = partial(_copy_journal, tracker, run)  # never behind the checkpoint
     save = partial(writer.save, state.step, state.parts(), meta, config.keep_last, config.keep_every, first)
-    world.alone(save)
+    world.on_rank0(save)
 
 
 def _int64(value: int) -> int:
@@ -519,7 +517,7 @@ def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: Wo
         png = grid_png(images)
         path = tracker.image(state.step, "samples", png)
     if run.local is None:
-        world.alone(lambda: run.write(f"samples/{path.name}", png))
+        world.on_rank0(lambda: run.write(f"samples/{path.name}", png))
 
 
 def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:

@@ -180,7 +180,7 @@ def trained_features(data: Store, index: ShardIndex, world: World, steps: int = 
         except FileNotFoundError:
             return _keep(data, name, save(_train_classifier(data, index, steps).state_dict()))
 
-    network.load_state_dict(load(world.alone(weights)))
+    network.load_state_dict(load(world.on_rank0(weights)))
     network = network.to(world.device).eval().requires_grad_(False)
     return Features(short_name(index), _digest(network), network, world.device)
 
@@ -278,7 +278,7 @@ def moments_of(batches: Batches, features: Features, world: World) -> Moments:
             moments.add(found)
         return len(moments.total) if moments else 0
 
-    size = max(world.together(own))
+    size = max(world.on_all_ranks(own))
     moments = moments or Moments.zero(size, features.device)  # a rank may have no image
     moments.sum_ranks(world)
     return moments
@@ -321,11 +321,11 @@ def dataset_reference(data: Store, index: ShardIndex, features: Features, world:
         except FileNotFoundError:
             return None
 
-    found = world.alone(kept)
+    found = world.on_rank0(kept)
     if found is None:
         own = np.arange(*world.share(index.num_samples))
         found = moments_of(_images(data, index, cache, own), features, world).mean_covariance()
-        world.alone(partial(_keep, data, name, moments_npz(*found)))
+        world.on_rank0(partial(_keep, data, name, moments_npz(*found)))
     return Reference(f"{index.split}-{index.digest[:16]}", found, partial(spread_images, data, index, cache))
 
 

@@ -22,7 +22,7 @@ from iddpm.noise import normal, stream_key
 from iddpm.sampling import Step, ancestral, ddim, ddim_invert, final, slerp
 from iddpm.schedule import respace
 from iddpm.unet import UNet
-from pipeline.checkpoint import Checkpoints, Parts, Record
+from pipeline.checkpoint import Checkpoints
 from pipeline.config import LaunchConfig, TrainConfig, from_record, parse_flags
 from pipeline.storage import StorageConfig, Store, locate
 from pipeline.world import World
@@ -118,17 +118,12 @@ def load_trained(
     if rate not in (0, *rates):
         raise ValueError(f"--ema-rate: got {rate}, the run has {', '.join(map(str, rates))}, or 0 for the weights")
     part = ema_part(rate) if rate else "model"
-    found: list[tuple[Record, Parts] | None] = []
-
-    def newest() -> int:
-        found.append(checkpoints.newest(parts=(part,), step=step))
-        assert found[0], "there are records"
-        return found[0][0].step
-
-    chosen = world.alone(newest)  # by rank 0, for all: another may be committed just now
-    own = found[0] if found else checkpoints.newest(parts=(part,), step=chosen)
-    assert own
-    record, parts = own
+    found = world.only_on_rank0(lambda: checkpoints.newest(parts=(part,), step=step))
+    # Rank 0 chooses for all: another checkpoint may be committed at this moment.
+    chosen = world.broadcast_object(found[0].step if found else None)
+    found = found or checkpoints.newest(parts=(part,), step=chosen)
+    assert found, "there are records"
+    record, parts = found
     config = from_record(record.meta["config"])
     model = build_model(config)
     model.load_state_dict(parts[part])
@@ -231,7 +226,7 @@ def _collect(mine: Iterator[Tensor], world: World) -> Tensor | None:
         drawn = list(mine)
         return torch.cat(drawn) if drawn else None
 
-    shares = world.together(own)
+    shares = world.to_rank0(own)
     return torch.cat([share for share in shares if share is not None]) if world.rank == 0 else None
 
 
@@ -403,7 +398,7 @@ def main(config: SampleConfig, world: World) -> None:
             data = grid_png(images.flatten(0, 1) if config.progressive else images, columns)
         write_out(config.out, data, config.storage)
 
-    world.alone(write)
+    world.on_rank0(write)
     world.say(
         f"{config.count} images, {recipe.sampler}, {steps} steps, EMA {trained.ema_rate:g}, step {trained.step}:"
         f" {config.out}"

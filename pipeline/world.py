@@ -133,13 +133,13 @@ class World:
         dist.all_gather_object(values, value, group=self._control)
         return values
 
-    def together(self, call: Callable[[], T]) -> list[T]:
-        """What each rank's `call` returns, on every rank, however long it takes: no rank waits in silence for another,
-        which it would give up. `call` runs in another thread and must not talk to the other ranks.
+    def wait_for(self, call: Callable[[], T]) -> T:
+        """What `call` returns here, once every rank's call has returned, however long that takes: ranks that waited in
+        silence would be given up. `call` runs in another thread and must not use collectives.
         """
         if self.size == 1:
-            return [call()]
-        if self._jobs is None:  # one thread for all calls: cuDNN keeps what it has planned for each thread
+            return call()
+        if self._jobs is None:  # one thread for all calls: cuDNN's plans belong to a thread
             self._jobs = SimpleQueue()
             threading.Thread(target=_work, args=(self._jobs, self.device), daemon=True).start()
         result: Future[T] = Future()
@@ -148,13 +148,28 @@ class World:
             done = bool(wait([result], timeout=1.0).done)
             value = result.result() if done else None  # raises at once what the call raised
             if all(self.gather(done)):
-                return self.gather(value)
+                return value  # type: ignore[return-value]
 
-    def alone(self, call: Callable[[], T]) -> T:
-        """What `call` returns on rank 0, on every rank, likewise."""
-        found: list[T] = []
-        self.together(lambda: found.append(call()) if self.rank == 0 else None)
-        return self.broadcast_object(found[0] if found else None)  # gathered, it would come once for each rank
+    def on_all_ranks(self, call: Callable[[], T]) -> list[T]:
+        """What every rank's `call` returns, on every rank; waits as `wait_for` does."""
+        return self.gather(self.wait_for(call))
+
+    def to_rank0(self, call: Callable[[], T]) -> list[T]:
+        """What every rank's `call` returns, on rank 0; nothing on the others."""
+        value = self.wait_for(call)
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(value, values or None, group=self._control)
+        return values
+
+    def only_on_rank0(self, call: Callable[[], T]) -> T | None:
+        """What `call` returns on rank 0; None on the others, which wait for it."""
+        return self.wait_for(lambda: call() if self.rank == 0 else None)
+
+    def on_rank0(self, call: Callable[[], T]) -> T:
+        """What `call` returns on rank 0, on every rank."""
+        return self.broadcast_object(self.only_on_rank0(call))
 
     def start_gather(self, shares: torch.Tensor, n: int) -> "Gather":
         """Begin to collect each rank's `share(n)` of a device tensor [n]; never blocks the host."""
@@ -411,7 +426,7 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def together(world: World) -> Iterator[World]:
+def fail_together(world: World) -> Iterator[World]:
     """Run the body on every rank; however it ends, no rank is left waiting for another.
 
     A failed collective becomes a RankFailure; every other error is told to the other ranks and raised.
@@ -440,7 +455,7 @@ def run_main(body: Callable[[World], int | None], config: LaunchConfig) -> NoRet
             from pipeline.launch import run_under_ray
 
             raise SystemExit(run_under_ray(body, config))
-        with together(connect(config)) as world:
+        with fail_together(connect(config)) as world:
             status = body(world) or 0
     except KeyboardInterrupt:
         status = 130

@@ -300,10 +300,10 @@ def test_a_stuck_training_thread_is_ended(tmp_path: Path) -> None:
 
 def work_long(world: World) -> None:
     """Rank 0 is busy for longer than the others wait for a rank that is silent; then rank 1 fails at its own work."""
-    assert world.alone(lambda: time.sleep(6) or "found") == "found"
-    assert world.together(lambda: world.rank) == [0, 1]
+    assert world.on_rank0(lambda: time.sleep(6) or "found") == "found"
+    assert world.on_all_ranks(lambda: world.rank) == [0, 1]
     print("all is well")
-    world.together(lambda: 1 // (1 - world.rank))
+    world.on_all_ranks(lambda: 1 // (1 - world.rank))
 
 
 def test_ranks_wait_for_one_that_works_and_learn_when_it_fails(tmp_path: Path) -> None:
