@@ -312,7 +312,7 @@ class Reference:
 
 
 def dataset_reference(data: Store, index: ShardIndex, features: Features, world: World, cache: Cache) -> Reference:
-    """Use all images of a split. Their moments are cached next to the shards, keyed by both data and network digests."""
+    """Use all images of a split. Their moments are cached next to the shards by the digests of data and network."""
     name = f"{CACHE}/{index.split}-{index.digest}-{features.digest}.npz"
 
     def kept() -> tuple[np.ndarray, np.ndarray] | None:
