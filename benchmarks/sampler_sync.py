@@ -1,8 +1,8 @@
-"""What keeping the importance sampler the same on all ranks costs: `python -m benchmarks.sampler_sync`.
+"""Measure the cost of synchronising the importance sampler across ranks: `python -m benchmarks.sampler_sync`.
 
-Two workers on this machine take the same training steps with three ways to the timesteps: uniform ones, where
-nothing is synchronised; this project's, one collective of losses that overlaps the backward pass; and the original
-algorithm, three all_gathers, a host read of every element and a history updated one element at a time.
+Two workers on this machine run the same training steps with three timestep samplers: uniform, which synchronises
+nothing; this project's, with one collective of losses that overlaps the backward pass; and the original algorithm, with
+three all_gathers, a host read of every element and a history updated one element at a time.
 """
 
 import statistics
@@ -24,13 +24,13 @@ from pipeline.presets import DIGITS
 from pipeline.world import World
 
 TIMESTEPS = 20
-"""So few that the history is full after some steps: the sampler is measured in its working state."""
+"""Few, so that the history fills within some steps and the sampler is measured after its warm-up."""
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_single", "broadcast")
 HOST_READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
 
 
 class Original:
-    """The original's sampler: every rank draws for itself, then all exchange timesteps and losses."""
+    """The original sampler: every rank draws its own timesteps, then all exchange timesteps and losses."""
 
     needs_losses = True
 
@@ -48,7 +48,7 @@ class Original:
         return t, (1 / (self.num_timesteps * p[t])).float()
 
     def update_with_local_losses(self, t: Tensor, losses: Tensor) -> None:
-        """Three all_gathers, batch sizes first, then one host read for each size, timestep and loss."""
+        """Do three all_gathers, batch sizes first, then one host read per size, timestep and loss."""
         size = dist.get_world_size()
         batch_sizes = [torch.tensor([0], dtype=torch.int32) for _ in range(size)]
         dist.all_gather(batch_sizes, torch.tensor([len(t)], dtype=torch.int32))
@@ -70,7 +70,7 @@ class Original:
 
 
 class Count(TorchDispatchMode):
-    """Counts what makes the host wait for the device, and the collectives between ranks."""
+    """Counts host reads, which wait for the device, and collectives between ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Count(TorchDispatchMode):
 
 
 class Adapter:
-    """The original's sampler in this project's step: losses do not travel with the step, but after it."""
+    """The original sampler in this project's step: losses are exchanged after the step, not during it."""
 
     needs_losses = True
 
@@ -120,7 +120,7 @@ class Adapter:
 
 
 class LocalGather:
-    """In place of the project's gather where the original is measured: nothing travels."""
+    """Replaces the project's gather when measuring the original: sends nothing."""
 
     def __init__(self, share: Tensor, lo: int, n: int) -> None:
         self.whole = share.new_zeros(n)
@@ -131,7 +131,7 @@ class LocalGather:
 
 
 class NoGather:
-    """A world whose `start_gather` sends nothing: the original brings its own collectives."""
+    """A world whose `start_gather` sends nothing, because the original has its own collectives."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -144,14 +144,14 @@ class NoGather:
 
 
 def original(config: TrainConfig, world: World) -> Steps:
-    """The project's step with the original's sampler."""
+    """Return this project's step with the original sampler."""
     steps = Steps(config, NoGather(world))  # type: ignore[arg-type]
     steps.state.sampler = Adapter(Original(TIMESTEPS), world, config.batch_size)  # type: ignore[assignment]
     return steps
 
 
 def work(world: World, steps: int, batch_size: int) -> dict[str, Any]:
-    """Seconds of each step by way, seconds of an update, and what each way's step counts."""
+    """Return, per sampler, the seconds of each step, the seconds of an update, and the counts of a step."""
     config = replace(
         DIGITS, batch_size=batch_size, diffusion=replace(DIGITS.diffusion, timesteps=TIMESTEPS), sample_steps=5
     )
@@ -186,8 +186,8 @@ def work(world: World, steps: int, batch_size: int) -> dict[str, Any]:
 
 
 def rows(
-    steps: Annotated[int, tyro.conf.arg(help="Measured steps of each way.")] = 60,
-    batch_size: Annotated[int, tyro.conf.arg(help="Images over both workers.")] = 128,
+    steps: Annotated[int, tyro.conf.arg(help="Measured steps per sampler.")] = 60,
+    batch_size: Annotated[int, tyro.conf.arg(help="Images per step over both workers.")] = 128,
 ) -> list[Row]:
     result = on_ranks(2, work, steps, batch_size)
     step = statistics.median(result["seconds"]["uniform"])
@@ -198,10 +198,10 @@ def rows(
         return f"{counts.get('collectives', 0)} collectives, {counts.get('host reads', 0)} host reads"
 
     return [
-        Row("sampler sync, of a step", f"{ours * 1e3:.2f} ms", f"step {step * 1e3:.0f} ms", ours / step, 0.01, True),
+        Row("sampler sync per step", f"{ours * 1e3:.2f} ms", f"step {step * 1e3:.0f} ms", ours / step, 0.01, True),
         Row("sampler sync", f"{ours * 1e3:.2f} ms", f"the original's {theirs * 1e3:.2f} ms", theirs / ours, 1.0),
         Row(
-            "host reads of its step",
+            "host reads per step",
             per_step("this project"),
             per_step("the original"),
             result["counts"]["this project"].get("host reads", 0),

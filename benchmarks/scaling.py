@@ -1,5 +1,5 @@
-"""How long a training step takes on 8 to 1,024 GPUs, on paper, and how far the same formulas are off on this machine,
-where 1, 2 and 4 processes train the digits: `python -m benchmarks.scaling`. docs/scaling.md derives them.
+"""Predict the duration of a training step on 8 to 1,024 GPUs, and test the same formulas on this machine with 1, 2 and
+4 processes that train the digits: `python -m benchmarks.scaling`. docs/scaling.md derives the formulas.
 """
 
 import math
@@ -22,64 +22,63 @@ from pipeline.world import World
 
 RANKS = (1, 8, 16, 64, 256, 1024)
 BUCKET = 25 * 2**20
-"""Bytes of gradients that DistributedDataParallel reduces at once."""
+"""Bytes of gradients per DistributedDataParallel bucket."""
 CALLS = 4655
-"""PyTorch operations of one step of the papers' network, its optimizer and average: docs/scaling.md."""
+"""PyTorch operations in one step of the papers' network, its optimizer and moving average; see docs/scaling.md."""
 SHARD_BYTES = 12800 + 3 * 512
-"""For a raw 64x64 image: pixels and label in a tar."""
+"""Bytes of a raw 64x64 image: pixels and label in a tar."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the model knows of a cluster: an H100's data sheet, and assumptions. Seconds, and bytes a second."""
+    """A cluster as the model sees it, from an H100's data sheet and assumptions; in seconds and bytes per second."""
 
     peak: float = HARDWARE["h100"][0]["bf16"]
-    """FLOP/s of a GPU."""
+    """FLOP/s per GPU."""
     utilisation: float = 0.3
-    """Part of the peak that a large local batch reaches."""
+    """Fraction of the peak that a large local batch reaches."""
     launches: float = CALLS * 7e-6
-    """Of a step whatever its batch: what Python and PyTorch need to start all kernels."""
+    """Time per step, independent of the batch, in which Python and PyTorch launch all kernels."""
     per_node: int = 8
-    """GPUs."""
+    """GPUs per node."""
     nvlink: float = 360e9
-    """Of a ring through the GPUs of a node, out of each."""
+    """Bandwidth out of each GPU in a ring through the GPUs of a node."""
     network: float = 8 * 46e9
-    """Out of a node."""
+    """Bandwidth out of a node."""
     nccl_hop: float = 5e-6
-    """From GPU to GPU, of a small message."""
+    """Latency of a small message between GPUs."""
     tcp_hop: float = 10e-6
-    """From process to process of a node through gloo, of a small message."""
+    """Latency of a small gloo message between processes on a node."""
     tcp_node_hop: float = 40e-6
-    """The same from node to node."""
+    """Latency of a small gloo message between nodes."""
     loader: float = 1e5
-    """Images a second that a process reads from its node's cache."""
+    """Images per second that a process reads from its node's cache."""
     store: float = 500e6
-    """From the object store into a node's cache."""
+    """Bandwidth from the object store to a node's cache."""
     snapshot: float = 0.13e-9
-    """For which a checkpoint holds training up, per byte."""
+    """Time for which a checkpoint blocks training, per byte."""
     upload: float = 300e6
-    """Of a checkpoint to the object store."""
+    """Bandwidth of a checkpoint to the object store."""
 
 
 class Work(NamedTuple):
-    """What the model knows of a run."""
+    """A run as the model sees it."""
 
     parameters: int
     flops: int
-    """Of training, for an image."""
+    """Training FLOPs per image."""
     batch: int
     log_every: float
     checkpoint_every: float
 
 
 def work_of(config: TrainConfig) -> Work:
-    channels = config.diffusion.out_channels(config.model.in_channels)
-    size, flops = count_parameters(config.model, channels), train_flops(config.model, channels)
+    size, flops = (count(config.model, config.out_channels) for count in (count_parameters, train_flops))
     return Work(size, flops, config.batch_size, config.log_every, config.checkpoint_every)
 
 
 def step(work: Work, m: Machine, n: int) -> dict[str, float]:
-    """Seconds that each part adds to a step on n GPUs: what is hidden behind others adds nothing."""
+    """Return the seconds that each part adds to a step on n GPUs; overlapped parts add nothing."""
     share = -(-work.batch // n)
     nodes = -(-n // m.per_node)
     link = m.nvlink if nodes == 1 else min(m.nvlink, m.network)
@@ -95,7 +94,7 @@ def step(work: Work, m: Machine, n: int) -> dict[str, float]:
     parts["gradients"] = max(0.0, all_reduce(gradients - last) - backward) + all_reduce(last)
     losses = 4 * work.batch / link + (n - 1) * m.nccl_hop
     parts["losses"] = max(0.0, losses - backward)
-    # Along gloo's ring to add up, and again to tell: the stop flag at each step, and as much at a log line.
+    # Two passes around gloo's ring, reduce and broadcast: for the stop flag at each step, and once per log line.
     flag = 2 * ((n - nodes) * m.tcp_hop + (nodes - 1) * m.tcp_node_hop)
     parts["control"] = max(0.0, flag - sum(parts.values())) + flag / work.log_every
     parts["loader"] = max(0.0, share / m.loader - sum(parts.values()))
@@ -103,17 +102,17 @@ def step(work: Work, m: Machine, n: int) -> dict[str, float]:
     return parts
 
 
-# ------------------------------------------------------------------------------------------- on paper
+# ----------------------------------------------------------------------------------------- prediction
 
 
 def paper(m: Machine) -> str:
-    """Tables in Markdown: of steps (milliseconds, arithmetic's part of them, the largest part), and of traffic."""
+    """Return Markdown tables of steps (milliseconds, fraction of arithmetic, largest part) and of traffic."""
     lines = [
         f"| C | batch | {' | '.join(map(str, RANKS))} | first epoch |",
         f"|---|---|{'---|' * (len(RANKS) + 1)}",
     ]
     traffic = [
-        "| C | parameters | FLOPs an image | gradients | reduced on 8 | on 1024 | checkpoint | stall | upload |",
+        "| C | parameters | FLOPs per image | gradients | reduced on 8 | on 1024 | checkpoint | stall | upload |",
         f"|{'---|' * 9}",
     ]
     for channels in (64, 96, 128, 192):
@@ -137,11 +136,11 @@ def _cell(parts: dict[str, float]) -> str:
     return f"{1e3 * total:.0f}, {parts['arithmetic'] / total:.0%}, {max(parts, key=lambda name: parts[name])}"
 
 
-# ----------------------------------------------------------------------------------------------- here
+# ---------------------------------------------------------------------------------------- measurement
 
 
 def measure(world: World, config: TrainConfig, small: int, rounds: int) -> dict[str, float]:
-    """Median seconds of the model's constants, and of a step of all processes, measured in turns."""
+    """Return the median seconds of the model's constants and of a step of all processes, measured alternately."""
     ways: dict[str, Callable[[], object]] = {}
     for batch in (small, config.batch_size):
         alone = Steps(replace(config, batch_size=batch), World()) if world.rank == 0 else None
@@ -164,13 +163,13 @@ def measure(world: World, config: TrainConfig, small: int, rounds: int) -> dict[
 
 
 def rows(rounds: int = 40) -> list[Row]:
-    config = replace(DIGITS, timestep_sampler="loss-second-moment")  # all of a step's collectives
+    config = replace(DIGITS, timestep_sampler="loss-second-moment")  # uses all of a step's collectives
     work = work_of(config)._replace(log_every=math.inf, checkpoint_every=math.inf)
     found, small = [], config.batch_size // 4
     for n in (1, 2, 4):
         seconds = on_ranks(n, measure, config, small, rounds)
         image = (seconds[f"{config.batch_size} alone"] - seconds[f"{small} alone"]) / (config.batch_size - small)
-        crowd = max(1.0, n / (os.cpu_count() or 1))  # processes to a core
+        crowd = max(1.0, n / (os.cpu_count() or 1))  # processes per core
         machine = Machine(
             peak=work.flops / (image * crowd),
             utilisation=1.0,
@@ -184,14 +183,14 @@ def rows(rounds: int = 40) -> list[Row]:
         predicted, measured = sum(parts.values()), seconds["step"]
         against = f"predicted {1e3 * predicted:.1f} ms, gradients {1e3 * parts['gradients']:.1f}"
         ratio = max(measured / predicted, predicted / measured)
-        what = f"step of {n} process{'es' if n > 1 else ''}, off its prediction"
+        what = f"step of {n} process{'es' if n > 1 else ''}, against prediction"
         found.append(Row(what, f"{1e3 * measured:.1f} ms", against, ratio, 1.25, True))
     return found
 
 
 def main(
     machine: Machine = Machine(),
-    rounds: Annotated[int, tyro.conf.arg(help="Measured steps of each kind; 0: on paper only.")] = 40,
+    rounds: Annotated[int, tyro.conf.arg(help="Measured steps of each kind; 0: only predict.")] = 40,
 ) -> None:
     print(paper(machine))
     if rounds:

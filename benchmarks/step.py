@@ -1,7 +1,7 @@
-"""The training step and the sampling step beside plain ones: `python -m benchmarks.step`.
+"""Compare the training and sampling steps with plain ones: `python -m benchmarks.step`.
 
-The model is the papers' for 64x64 at 32 channels: 3 blocks a level, learned variance; batch 8. "plain" is the same
-model and step as the papers describe them (benchmarks/plain.py). The limit is what this machine's convolutions reach.
+The model is the papers' 64x64 network with 32 channels: 3 blocks per level, learned variance; batch 8. "plain" is the
+same model and step as the papers describe them (benchmarks/plain.py). The limit is the time of the convolutions alone.
 """
 
 import os
@@ -33,13 +33,18 @@ BATCH = 8
 MODEL = UNetConfig(image_size=64, channels=32, num_res_blocks=3)
 DIFFUSION = DiffusionConfig(timesteps=4000)
 CHAIN = 5
-"""Steps of the chain that is timed."""
+"""Steps of the timed chain."""
 
 
 def config(precision: str, compiled: bool = False, checkpointed: bool = False) -> TrainConfig:
-    launch = LaunchConfig(compile=compiled, checkpoint_activations=checkpointed)
     return TrainConfig(
-        batch_size=BATCH, precision=precision, model=MODEL, diffusion=DIFFUSION, launch=launch, ema_rates=(0.9999,)
+        batch_size=BATCH,
+        precision=precision,
+        checkpoint_activations=checkpointed,
+        model=MODEL,
+        diffusion=DIFFUSION,
+        launch=LaunchConfig(compile=compiled),
+        ema_rates=(0.9999,),
     )
 
 
@@ -65,7 +70,7 @@ def diffusers_step(diffusion: Diffusion) -> "Peer | None":
 
 
 class Peer:
-    """diffusers' network of the same widths, blocks and attention, trained in its usual way."""
+    """diffusers' network with the same widths, blocks and attention, trained as usual there."""
 
     def __init__(self, model: torch.nn.Module, diffusion: Diffusion) -> None:
         self.net, self.diffusion = model, diffusion
@@ -79,7 +84,7 @@ class Peer:
 
 
 class Convolutions:
-    """The model's convolutions, forward and backward, each by itself: no step with them can be faster."""
+    """The model's convolutions run individually, forward and backward: a lower bound for the step."""
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
         self.passes: list[tuple[torch.nn.Module, Tensor, Tensor]] = []
@@ -125,7 +130,7 @@ def rows(rounds: int = 10, compiled: bool = True) -> list[Row]:
         ways["diffusers"] = lambda: peer.step(x, t, noise)  # type: ignore[assignment]
     compiling = 0.0
     if compiled:
-        with tempfile.TemporaryDirectory() as cache:  # where nothing has been compiled before
+        with tempfile.TemporaryDirectory() as cache:  # an empty compile cache
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
             start = time.perf_counter()
             ours["bf16, compiled"].step()
@@ -149,7 +154,7 @@ def rows(rounds: int = 10, compiled: bool = True) -> list[Row]:
         limit = f"convolutions, {name}"
         found.append(
             Row(
-                f"its limit: {limit}",
+                f"limit: {limit}",
                 f"{middle[limit]:.3f} s",
                 f"plain fp32 {middle['plain']:.3f} s",
                 median_ratio(seconds["plain"], seconds[limit]),
@@ -159,7 +164,7 @@ def rows(rounds: int = 10, compiled: bool = True) -> list[Row]:
         reached = flops / min(seconds[name])
         found.append(
             Row(
-                f"of the peak, {name}",
+                f"share of the peak, {name}",
                 f"{reached / 1e9:.0f} GFLOP/s",
                 f"peak {peak / 1e9:.0f}",
                 reached / peak,
@@ -182,10 +187,10 @@ def rows(rounds: int = 10, compiled: bool = True) -> list[Row]:
 
 
 def _sampling(state: TrainState, rounds: int) -> list[Row]:
-    """A short chain; the plain loop has the plain network and fp32."""
+    """Time a short chain; the plain loop uses the plain network in fp32."""
     full = state.config.diffusion
     chain = Diffusion(full, keep=respace(full.timesteps, str(CHAIN)))
-    with torch.no_grad():  # a network that is not zero: the chains' ends are compared
+    with torch.no_grad():  # make the network non-zero, because the chains' results are compared
         for p in state.params.values():
             p.add_(0.02 * torch.randn_like(p))
     plain = plain_unet({name: p.contiguous() for name, p in state.params.items()}, state.config.model)
@@ -196,7 +201,7 @@ def _sampling(state: TrainState, rounds: int) -> list[Row]:
             return final(ancestral(model, chain, x_T, lambda t: x_T.roll(t + 1, 0)))
 
     state.model.eval()
-    # In float64, because a chain multiplies rounding errors: what is compared is the method.
+    # In float64, because a chain amplifies rounding errors and the methods are to be compared.
     exact, small = deepcopy(state.model).double(), x_T[:2].double()
     plain_exact = plain_unet(dict(exact.named_parameters()), state.config.model)
     a, b = (final(ancestral(m, chain, small, lambda t: small.roll(t + 1, 0))) for m in (exact, plain_exact))
@@ -220,14 +225,14 @@ def _sampling(state: TrainState, rounds: int) -> list[Row]:
             {"bf16": 2.5}.get(name),
         )
         for name in ("fp32", "bf16", "bf16, compiled")
-    ] + [Row("sampling less plain, in float64", f"{difference:.1e}", "1e-9", difference / 1e-9, 1.0, at_most=True)]
+    ] + [Row("sampling minus plain, in float64", f"{difference:.1e}", "1e-9", difference / 1e-9, 1.0, at_most=True)]
 
 
 def main(
     rounds: Annotated[int, tyro.conf.arg(help="Measured rounds.")] = 10,
-    compiled: Annotated[bool, tyro.conf.arg(help="Measure the compiled step as well: a minute more.")] = True,
+    compiled: Annotated[bool, tyro.conf.arg(help="Also measure the compiled step; takes a minute more.")] = True,
 ) -> None:
-    """Print one table."""
+    """Print the table."""
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     print(show(rows(rounds, compiled)))
 

@@ -1,4 +1,4 @@
-"""What all benchmarks print: a measurement, what it is measured against, their ratio, and the ratio that is wanted."""
+"""The table that all benchmarks print: a measurement, its reference, their ratio, and the ratio's goal."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ class Row(NamedTuple):
     what: str
     ours: str
     against: str
-    """The peer or the limit, measured in the same run."""
+    """The peer or limit, measured in the same run."""
     ratio: float
     goal: float | None = None
     at_most: bool = False
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 def show(rows: list[Row]) -> str:
-    """Aligned columns; a ratio that misses its goal is marked at the end of its line."""
+    """Format aligned columns; a ratio that misses its goal is marked at the end of its line."""
     cells = [("", "ours", "against", "ratio", "goal", "")]
     for row in rows:
         goal = "" if row.goal is None else f"{'<=' if row.at_most else '>='} {row.goal:g}"
@@ -44,7 +44,7 @@ def show(rows: list[Row]) -> str:
 
 
 def here() -> str:
-    """When, of which commit and on what machine."""
+    """Describe the date, commit and machine."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
@@ -53,8 +53,8 @@ def here() -> str:
 
 
 def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round, after one that is not counted. They take turns, so that what else the
-    machine does falls on all alike.
+    """Return the seconds of each function in each round, after a warm-up round. They alternate, so that other load on
+    the machine affects all alike.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
@@ -67,5 +67,5 @@ def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def median_ratio(over: list[float], under: list[float]) -> float:
-    """The median of the rounds' own ratios: less noisy than that of two medians."""
+    """Return the median of the per-round ratios, which is less noisy than the ratio of medians."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))

@@ -1,6 +1,6 @@
-"""A step that is logged while MLflow's server is up, is stopped, and is dead: `python -m benchmarks.tracking`.
+"""Time logged steps while MLflow's server is up, stopped and dead: `python -m benchmarks.tracking`.
 
-A real server and a real training that logs every step, which is a hundred times as often as by default.
+Uses a real server and a real training run that logs every step, fifty times as often as by default.
 """
 
 import os
@@ -25,7 +25,7 @@ PHASE_S = 6.0
 
 
 def rows(folder: Path, cycles: int = 3) -> list[Row]:
-    """Wants the digits in `folder`/digits."""
+    """Expects the digits dataset in `folder`/digits."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -71,7 +71,7 @@ def rows(folder: Path, cycles: int = 3) -> list[Row]:
 
 
 def _serve(folder: Path, port: int) -> subprocess.Popen[bytes]:
-    """An MLflow server that answers."""
+    """Start an MLflow server and wait until it answers."""
     command = f"-m mlflow server --host 127.0.0.1 --port {port} --workers 1 --backend-store-uri sqlite:///{folder}/m.db"
     process = subprocess.Popen(
         [sys.executable, *command.split(), "--artifacts-destination", str(folder / "artifacts")],
@@ -87,7 +87,7 @@ def _serve(folder: Path, port: int) -> subprocess.Popen[bytes]:
             time.sleep(0.5)
         else:
             return process
-    raise SystemExit(f"error: MLflow's server ended with status {process.returncode}")
+    raise SystemExit(f"error: MLflow's server exited with status {process.returncode}")
 
 
 def _kill(server: subprocess.Popen[bytes]) -> None:
@@ -96,7 +96,7 @@ def _kill(server: subprocess.Popen[bytes]) -> None:
 
 
 def _phase() -> tuple[float, float]:
-    """From when a change of the server has had its effect, for some seconds."""
+    """Wait until a change of the server has taken effect; return the start and end of a measuring period after it."""
     time.sleep(2)
     start = time.time()
     time.sleep(PHASE_S)

@@ -1,4 +1,4 @@
-"""Short trainings of the digits: bf16 beside fp32, memory, and how soon the first step comes:
+"""Compare bf16 with fp32, memory over time and the start-up time in short training runs on the digits:
 `python -m benchmarks.training`.
 """
 
@@ -22,7 +22,7 @@ SMALL = ["--model.channel-mult", "1", "--model.num-res-blocks", "1", "--batch-si
 
 
 def rows(folder: Path) -> list[Row]:
-    """Leaves a trained run in `folder`/fp32."""
+    """Measure; leaves a trained run in `folder`/fp32."""
     return [*_start(folder), *_precision(folder), _memory()]
 
 
@@ -47,7 +47,7 @@ def _start(folder: Path) -> list[Row]:
 
 
 def _precision(folder: Path) -> list[Row]:
-    """The mean loss of the last third of 300 steps, in bf16 and with another seed."""
+    """Compare the mean loss over the last third of 300 steps in bf16 and with another seed."""
     loss = {}
     for name, flags in {"fp32": [], "seed": ["--seed", "1"], "bf16": ["--precision", "bf16"]}.items():
         fixed = f"--horizon {STEPS}steps --log-every 10 --sample-steps 1 --sample-count 1 --tracking.uri none"
@@ -59,11 +59,11 @@ def _precision(folder: Path) -> list[Row]:
         loss[name] = statistics.mean(losses[-len(losses) // 3 :])
     apart, noise = abs(loss["bf16"] - loss["fp32"]), abs(loss["seed"] - loss["fp32"])
     against = f"between seeds {noise:.5f}"
-    return [Row(f"loss of bf16 less fp32, {STEPS} steps", f"{apart:.5f}", against, apart / noise, 1.0, at_most=True)]
+    return [Row(f"loss of bf16 minus fp32, {STEPS} steps", f"{apart:.5f}", against, apart / noise, 1.0, at_most=True)]
 
 
 def _memory() -> Row:
-    """In a process of its own: of a thousand steps, the peak of all over that of the first hundred."""
+    """Compare, in a separate process, the peak memory after a thousand steps with that after a hundred."""
     early, late = on_ranks(1, _peaks)
     return Row(
         "memory after 1,000 steps", f"{late:.0f} MB", f"after 100: {early:.0f} MB", late / early, 1.01, at_most=True
@@ -71,7 +71,7 @@ def _memory() -> Row:
 
 
 def _peaks(world: World) -> list[float]:
-    """MB, after 100 and after 1,000 steps."""
+    """Return the peak MB after 100 and after 1,000 steps."""
     steps, peaks = Steps(parse_train(SMALL)[0], world), []
     for count in (100, 900):
         for _ in range(count):

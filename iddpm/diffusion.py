@@ -27,7 +27,7 @@ class Gaussian(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """p(x_{t-1} | x_t) and the x_start it implies, each [N, C, H, W]."""
+    """p(x_{t-1} | x_t) and the x_start that it implies, each [N, C, H, W]."""
 
     mean: Tensor
     variance: Tensor
@@ -36,21 +36,21 @@ class Prediction(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Of each example, [N]. mse is None for the kl losses, vb for those and where the variance is fixed."""
+    """Per-example losses [N]. mse is None for the kl losses; vb is None for those and for a fixed variance."""
 
     loss: Tensor
     mse: Tensor | None
-    vb: Tensor | None  # in bits/dim, scaled as the loss has it: loss = mse + vb
+    vb: Tensor | None  # in bits/dim, scaled so that loss = mse + vb
 
 
 class Diffusion:
-    """The process of a DiffusionConfig, or the shorter chain over its timesteps in `keep` (IDDPM section 4).
+    """The diffusion process of a DiffusionConfig, or the shorter chain over its timesteps `keep` (IDDPM section 4).
 
-    A timestep t (int64 [N]) counts along the chain itself, 0 .. K-1. Images are [N, C, H, W] in [-1, 1]. The
-    tables are float64 [K]; what is gathered from them is cast to the dtype of the images, so a float64 run is
-    one throughout. No method waits for the device.
+    Timesteps t (int64 [N]) index this chain, 0 .. K-1. Images are [N, C, H, W] in [-1, 1]. The tables are float64
+    [K]; values gathered from them are cast to the dtype of the images, so a float64 run is float64 throughout. No
+    method synchronises with the device.
 
-    ValueError if `keep` is not increasing, or leaves the range of timesteps.
+    Raises ValueError if `keep` is not increasing or is out of range.
     """
 
     def __init__(self, config: DiffusionConfig, keep: Sequence[int] | None = None, device: torch.device | str = "cpu"):
@@ -74,7 +74,7 @@ class Diffusion:
     def _set_tables(
         self, betas: Tensor, alphas_cumprod: Tensor, alphas_cumprod_prev: Tensor, stand_in: Tensor | None = None
     ) -> None:
-        """All float64 [K]. `stand_in`: the variance where the posterior's is 0; default: that of t = 1."""
+        """All tensors are float64 [K]. `stand_in` replaces posterior variances of 0; default: the variance at t = 1."""
         self.betas = betas
         self.log_betas = betas.log()
         self.alphas_cumprod = alphas_cumprod
@@ -87,7 +87,7 @@ class Diffusion:
         self.posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         self.posterior_mean_coef1 = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
         self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - alphas_cumprod)
-        # At t = 0 the posterior's variance is 0 and has no log; the one of t = 1 stands in.
+        # At t = 0 the posterior variance is 0, whose log is infinite; the variance at t = 1 replaces it.
         if stand_in is None:
             stand_in = self.posterior_variance[1:2] if len(betas) > 1 else betas
         exact = alphas_cumprod_prev == 1
@@ -96,9 +96,9 @@ class Diffusion:
         self.fixed_large_log_variance = self.fixed_large_variance.log()
 
     def jumps_from(self, t: int) -> "Diffusion":
-        """A process of t timesteps, whose timestep s takes x_t straight to x_s: a step of any chain with both.
+        """A process of t timesteps whose timestep s takes x_t directly to x_s, as in any chain with both.
 
-        What the network gives for x_t serves all of them.
+        The network's output for x_t serves all t timesteps.
         """
         process = copy(self)
         process.timestep_map = self.timestep_map[t].expand(t)
@@ -107,7 +107,7 @@ class Diffusion:
         return process
 
     def landings_before(self, t: int) -> "Diffusion":
-        """A process of t timesteps, whose timestep s takes x_s straight to x_0, in a chain that starts 0, s, t."""
+        """A process of t timesteps whose timestep s takes x_s directly to x_0, in a chain that ends x_t, x_s, x_0."""
         process = copy(self)
         process.timestep_map = self.timestep_map[:t]
         bar = self.alphas_cumprod[:t]
@@ -115,41 +115,41 @@ class Diffusion:
         return process
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> Gaussian:
-        """q(x_t | x_0): DDPM equation 4."""
+        """Return q(x_t | x_0) (DDPM equation 4)."""
         variance = 1 - self.alphas_cumprod
         mean = at(self.sqrt_alphas_cumprod, t, x_start) * x_start
         return Gaussian(mean, at(variance, t, x_start), at(variance.log(), t, x_start))
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t made from x_start and standard normal `noise`: IDDPM equation 9."""
+        """Sample x_t from x_start and standard normal `noise` (IDDPM equation 9)."""
         signal, sigma = at(self.sqrt_alphas_cumprod, t, x_start), at(self.sqrt_one_minus_alphas_cumprod, t, x_start)
         return signal * x_start + sigma * noise
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
-        """q(x_{t-1} | x_t, x_0): IDDPM equations 10 to 12, the log variance clipped at t = 0."""
+        """Return q(x_{t-1} | x_t, x_0) (IDDPM equations 10 to 12), with the log variance clipped at t = 0."""
         mean = at(self.posterior_mean_coef1, t, x_t) * x_start + at(self.posterior_mean_coef2, t, x_t) * x_t
         variance = at(self.posterior_variance, t, x_t)
         return Gaussian(mean, variance, at(self.posterior_log_variance_clipped, t, x_t))
 
     def xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The x_start from which `eps` makes x_t."""
+        """Return the x_start that `eps` turns into x_t."""
         return at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * eps
 
     def eps_from_xstart(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
-        """The noise that makes x_t from x_start."""
+        """Return the noise that turns x_start into x_t."""
         scaled = at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
         return (scaled - x_start) / at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
 
     def p_mean_variance(
         self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None = None, clip_denoised: bool = True
     ) -> Prediction:
-        """p(x_{t-1} | x_t) by the network; clip_denoised keeps the predicted x_start in [-1, 1]."""
+        """Return the model's p(x_{t-1} | x_t); clip_denoised clips the predicted x_start to [-1, 1]."""
         return self.prediction(self.output(model, x_t, t, y), x_t, t, clip_denoised)
 
     def training_losses(
         self, model: Model, x_start: Tensor, t: Tensor, noise: Tensor, y: Tensor | None = None
     ) -> Losses:
-        """The configured loss of each example at its timestep t, for standard normal `noise` [N, C, H, W]."""
+        """Return the configured loss of each example at its timestep t, given standard normal `noise` [N, C, H, W]."""
         config = self.config
         x_t = self.q_sample(x_start, t, noise)
         output = self.output(model, x_t, t, y)
@@ -160,7 +160,7 @@ class Diffusion:
             return vlb_bits(x_start, t, posterior.mean, posterior.log_variance, p.mean, p.log_variance)
 
         if config.loss in ("kl", "rescaled_kl"):
-            # T times the term of a uniform t estimates the sum over t, L_vlb (IDDPM equation 4).
+            # T times the term at a uniform t estimates the sum over t, L_vlb (IDDPM equation 4).
             scale: float = self.num_timesteps if config.loss == "rescaled_kl" else 1
             return Losses(scale * vlb(output), None, None)
 
@@ -168,8 +168,8 @@ class Diffusion:
         if not config.learns_variance:
             mse = mean_flat((targets[config.mean] - output).square())
             return Losses(mse, mse, None)
-        # L_hybrid (IDDPM equation 16): the bound trains the variance alone, its gradient stops at the mean.
-        # The scale is the paper's lambda = 0.001, for a bound that rescaled_kl would multiply by T.
+        # L_hybrid (IDDPM equation 16): the bound trains only the variance; its gradient stops at the mean.
+        # The scale is the paper's lambda = 0.001 times the T of rescaled_kl.
         mean, variance = output.chunk(2, dim=1)
         mse = mean_flat((targets[config.mean] - mean).square())
         scale = self.num_timesteps / 1000 if config.loss == "rescaled_mse" else 1
@@ -177,17 +177,17 @@ class Diffusion:
         return Losses(mse + vb, mse, vb)
 
     def output(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """What the network gives for x_t, in the dtype of x_t."""
+        """Return the network's output for x_t, in the dtype of x_t."""
         told = self.timestep_map[t].float()
         if self.config.rescale_timesteps:
             told = told * (1000 / self.config.timesteps)
-        output = model(x_t, told, y).to(x_t.dtype)  # a bfloat16 network's output; the arithmetic on it is not
+        output = model(x_t, told, y).to(x_t.dtype)  # the network may be bfloat16, the arithmetic on its output is not
         expected = self.config.out_channels(x_t.shape[1])
         assert output.shape[1] == expected, f"model gave {output.shape[1]} channels, expected {expected}"
         return output
 
     def prediction(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool) -> Prediction:
-        """What the network's output says of p(x_{t-1} | x_t)."""
+        """Return the p(x_{t-1} | x_t) that the network's output describes."""
         config = self.config
         smallest, largest = at(self.posterior_log_variance_clipped, t, x_t), at(self.log_betas, t, x_t)
         if config.variance == "fixed_small":
@@ -217,5 +217,5 @@ class Diffusion:
 
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """table[t] in the dtype of `like`, shaped [N, 1, 1, 1] to broadcast against it."""
+    """Return table[t] in the dtype of `like`, as [N, 1, 1, 1] to broadcast against it."""
     return table[t].to(like.dtype).view(-1, 1, 1, 1)

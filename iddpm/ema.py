@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, at several rates at once."""
+"""Exponential moving averages of the weights at several rates."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class EMA:
-    """One average of `params` (name to tensor) for each rate: average = rate x average + (1 - rate) x params,
-    at each update.
+    """One average of `params` (name to tensor) per rate, updated by average = rate x average + (1 - rate) x params.
 
-    Starts as a copy of `params`, in their dtype: float32 or wider, since 1 - rate is lost in a narrower one.
+    Each average starts as a copy of `params` in their dtype, which must be float32 or wider: 1 - rate would round to 0
+    in a narrower one.
     """
 
     def __init__(self, params: Mapping[str, Tensor], rates: Sequence[float]):
@@ -21,10 +21,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, params: Mapping[str, Tensor]) -> None:
-        """One step towards `params`, which have the names of the start."""
+        """Move every average one step towards `params`, which must have the same names as at construction."""
         for rate, average in self._averages.items():
             torch._foreach_lerp_(list(average.values()), [params[name] for name in average], 1 - rate)
 
     def weights(self, rate: float) -> dict[str, Tensor]:
-        """The average at that rate, by name: the tensors themselves, which the next update changes."""
+        """Return the average at `rate` by name; these are the live tensors, which the next update changes in place."""
         return self._averages[rate]

@@ -1,4 +1,4 @@
-"""What a network costs, counted without running it: on the meta device, which has shapes and no numbers."""
+"""Parameter and FLOP counts of a network, computed on the meta device without running it."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,13 +8,13 @@ from iddpm.unet import UNet
 
 
 def count_parameters(config: UNetConfig, out_channels: int) -> int:
-    """Number of weights."""
+    """Return the number of parameters."""
     with torch.device("meta"):
         return sum(p.numel() for p in UNet(config, out_channels).parameters())
 
 
 def forward_flops(config: UNetConfig, out_channels: int) -> int:
-    """FLOPs of one image's forward pass: 2 for each multiply-accumulate of a convolution, linear layer or
+    """Return the FLOPs of one image's forward pass: 2 per multiply-accumulate in convolutions, linear layers and
     attention.
     """
     with torch.device("meta"), torch.no_grad():
@@ -27,5 +27,5 @@ def forward_flops(config: UNetConfig, out_channels: int) -> int:
 
 
 def train_flops(config: UNetConfig, out_channels: int) -> int:
-    """FLOPs of one image's training step: the backward pass costs two forward passes."""
+    """Return the FLOPs of one image's training step: the backward pass costs as much as two forward passes."""
     return 3 * forward_flops(config, out_channels)

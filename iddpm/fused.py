@@ -1,8 +1,8 @@
-"""GroupNorm, scale, shift and SiLU as few compiled passes over memory, forward and backward.
+"""GroupNorm, scale, shift and SiLU in a few compiled passes over memory, forward and backward.
 
-What lies between two convolutions is bound by memory, and in eager mode it takes a dozen passes, some in float32.
+The operations between two convolutions are memory-bound; in eager mode they take a dozen passes, some in float32.
 Here the sums over a group are split into sums over each channel's pixels, so that every pass is a loop over
-[N, pixels, C], which vectorises in channels_last at any size: few kernels serve all blocks.
+[N, pixels, C], which vectorises in channels_last at any size: a few kernels serve all blocks.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def fused_norm_act(
 ) -> Tensor:
     """silu(GroupNorm(x) (1 + scale) + shift); x [N, C, H, W], weight, bias [C], scale, shift [N, C, 1, 1] or None.
 
-    Sums are in float32, or x's dtype where that is wider; the result has x's dtype. The first call compiles.
+    Sums are in float32, or x's dtype if that is wider; the result has x's dtype. The first call compiles.
     """
     if torch.is_grad_enabled():
         return _FusedNormAct.apply(x, groups, weight, bias, eps, scale, shift)
@@ -33,9 +33,9 @@ def _forward(
 
 
 class _FusedNormAct(torch.autograd.Function):
-    """y = silu(a x + b), where a and b [N, C] hold the normalisation (Wu and He 2018, eq. 1-2) and all that follows.
+    """y = silu(a x + b), where a and b [N, C] combine the normalisation (Wu and He 2018, eq. 1-2), scale and shift.
 
-    For the backward pass it keeps x, and nothing else of its size.
+    x is the only tensor of its size that is saved for the backward pass.
     """
 
     @staticmethod
@@ -74,21 +74,21 @@ class _FusedNormAct(torch.autograd.Function):
 
 @cache
 def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    # A variant for each dtype, with and without scale, for one channel a group or more, under autocast or not.
-    # (torch's own overloads have not heard of the limit.)
+    # One variant per dtype, with or without scale, one or more channels per group, under autocast or not.
+    # (torch's own overloads lack recompile_limit.)
     return torch.compile(kernel, dynamic=True, fullgraph=True, recompile_limit=64)  # type: ignore[call-overload]
 
 
-# What is compiled: x and grad [N, pixels, C] in the network's dtype; scale and shift [N, C]; weight and bias [C]; all
-# else [N, C] in the sums' dtype.
+# The compiled functions: x and grad are [N, pixels, C] in the network's dtype, scale and shift [N, C], weight and bias
+# [C], and all other tensors [N, C] in the dtype of the sums.
 
 
 def _norm_act(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """y, a, b, and the mean and 1/deviation of each channel's group."""
+    """Return y, a, b, and the mean and reciprocal standard deviation of each channel's group."""
     wide = _wide(x)
-    first = wide[:, :1]  # moments about the first pixel, so that a large mean costs no digits
+    first = wide[:, :1]  # moments about the first pixel, so that a large mean costs no precision
     about = (wide - first).mean(1)
     channel_mean = about + first[:, 0]
     channel_var = (wide - first).square().mean(1) - about.square()
@@ -114,8 +114,8 @@ def _gradient_sums(
     bias: Tensor,
     scale: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """What reaches x through the mean and the variance, in which every pixel of a group has a part, as slope and offset
-    [N, C]; the gradients of weight, bias [C] and, where there is a scale, of scale and shift [N, C].
+    """Return the gradient that reaches x through its group's mean and variance, as a slope and an offset [N, C]; then
+    the gradients of weight and bias [C] and, if there is a scale, of scale and shift [N, C].
     """
     dz = _dz(grad, x, a, b)
     dz, dz_x = dz.sum(1), (dz * _wide(x)).sum(1)
@@ -158,6 +158,6 @@ def _like(x: Tensor, pixels: Tensor) -> Tensor:
 
 
 def _over_groups(x: Tensor, groups: int) -> Tensor:
-    """The mean of [N, C] over the channels of each group, for each channel."""
+    """Replace each channel of x [N, C] by the mean over its group."""
     n, c = x.shape
     return x.view(n, groups, -1).mean(2, keepdim=True).expand(-1, -1, c // groups).reshape(n, c)

@@ -17,31 +17,31 @@ class VlbTerm(NamedTuple):
 
 
 class Bpd(NamedTuple):
-    """Bits per dimension of each image, and their parts. Column t of a [N, T] tensor is timestep t."""
+    """Bits per dimension of each image, and its parts. Column t of an [N, T] tensor is timestep t."""
 
     total: Tensor  # [N]: prior + vb.sum(1)
     prior: Tensor  # [N]
     vb: Tensor  # [N, T]
-    xstart_mse: Tensor  # [N, T], of the predicted x_start
-    mse: Tensor  # [N, T], of the predicted eps
+    xstart_mse: Tensor  # [N, T]: error of the predicted x_start
+    mse: Tensor  # [N, T]: error of the predicted eps
 
 
 def mean_flat(x: Tensor) -> Tensor:
-    """[N, ...] -> [N], the mean over everything but the batch."""
+    """Average over all dimensions but the batch: [N, ...] -> [N]."""
     return x.flatten(1).mean(1)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, variance1) || N(mean2, variance2)) in nats, elementwise."""
+    """Elementwise KL(N(mean1, variance1) || N(mean2, variance2)) in nats."""
     gap = log_variance2 - log_variance1
     return 0.5 * (gap - 1 + (-gap).exp() + (mean1 - mean2).square() * (-log_variance2).exp())
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log-likelihood in nats, elementwise, of 8-bit pixels x in [-1, 1] under a Gaussian (DDPM equation 13).
+    """Elementwise log-likelihood in nats of 8-bit pixels x in [-1, 1] under a Gaussian (DDPM equation 13).
 
-    It is integrated over each pixel's bin, 2/255 wide, the outermost two open. `log_scale` is the log of the
-    standard deviation.
+    The density is integrated over each pixel's bin, 2/255 wide; the two outermost bins extend to infinity.
+    `log_scale` is the log of the standard deviation.
     """
     inverse_scale = (-log_scale).exp()
     upper = _normal_cdf(inverse_scale * (x - mean + 1 / 255))
@@ -51,7 +51,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
 
 
 def prior_bpd(diffusion: "Diffusion", x_start: Tensor) -> Tensor:
-    """[N]: L_T, the divergence of q(x_T | x_0) from the standard normal (IDDPM equation 7), about 0."""
+    """L_T [N], the KL divergence of q(x_T | x_0) from the standard normal (IDDPM equation 7); close to 0."""
     last = torch.full((len(x_start),), diffusion.num_timesteps - 1, device=x_start.device)
     mean, _, log_variance = diffusion.q_mean_variance(x_start, last)
     zero = torch.zeros_like(mean)
@@ -66,7 +66,7 @@ def vlb_bits(
     mean: Tensor,
     log_variance: Tensor,
 ) -> Tensor:
-    """[N] bits/dim: L_{t-1}, the KL from posterior to model; where t is 0, the decoder's L_0."""
+    """Bound terms [N] in bits/dim: L_{t-1}, the KL from posterior to model, or the decoder's L_0 where t is 0."""
     kl = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
     decoder_nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance))
     return torch.where(t == 0, decoder_nll, kl) / math.log(2)
@@ -81,7 +81,7 @@ def vlb_term(
     y: Tensor | None = None,
     clip_denoised: bool = True,
 ) -> VlbTerm:
-    """The bound's term at timestep t[i] of each image, in bits/dim (IDDPM equations 5 and 6)."""
+    """Evaluate the bound's term at each image's timestep t[i], in bits/dim (IDDPM equations 5 and 6)."""
     true_mean, _, true_log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
     p = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised)
     return VlbTerm(vlb_bits(x_start, t, true_mean, true_log_variance, p.mean, p.log_variance), p.pred_xstart)
@@ -97,11 +97,11 @@ def exact_bpd(
     clip_denoised: bool = True,
     timesteps_per_call: int = 16,
 ) -> Bpd:
-    """The whole bound of x_start ([N, C, H, W] in [-1, 1], 8-bit pixels), every timestep evaluated once.
+    """Compute the full bound of x_start ([N, C, H, W] in [-1, 1], 8-bit pixels), evaluating each timestep once.
 
-    `noise(t)` gives the eps [N, C, H, W] of x_t. Each call of the network gets `timesteps_per_call` x N
-    images; that changes nothing but speed and memory. With a strided `diffusion` this is the bound of that
-    shorter chain, another quantity than the full one's.
+    `noise(t)` returns the eps [N, C, H, W] of x_t. Each network call gets `timesteps_per_call` x N images, which
+    affects only speed and memory. With a strided `diffusion` this is the bound of the shorter chain, which differs
+    from the full chain's.
     """
     n, steps = len(x_start), diffusion.num_timesteps
     columns: list[Tensor] = []
@@ -122,18 +122,18 @@ def exact_bpd(
     return Bpd(prior + vb.sum(1), prior, vb, xstart_mse, mse)
 
 
-# ------------------------------------------------------------------------- sampled instead of summed
+# ----------------------------------------------------------------------------------- sampled estimate
 
 
 class SampledBpd(NamedTuple):
-    """An unbiased estimate of the bound of each image in bits/dim, and its parts that are exact."""
+    """An unbiased estimate of each image's bound in bits/dim, and its exact parts."""
 
     total: Tensor  # [N]
     prior: Tensor  # [N]
     decoder: Tensor  # [N], L_0
 
 
-PILOT_UNIFORM = 0.01  # of the probability is spread evenly, so that no term's weight can explode
+PILOT_UNIFORM = 0.01  # fraction of the probability spread uniformly, to bound the terms' weights
 
 
 def pilot_timesteps(timesteps: int) -> list[int]:
@@ -152,9 +152,9 @@ def pilot_sizes(
     y: Tensor | None = None,
     clip_denoised: bool = True,
 ) -> Tensor:
-    """float64 [T-1] on the CPU: sqrt(E[L_t^2]) for t = 1 .. T-1, from a few images [N, C, H, W].
+    """Estimate sqrt(E[L_t^2]) for t = 1 .. T-1 from a few images [N, C, H, W]; returns float64 [T-1] on the CPU.
 
-    Measured at `pilot_timesteps` and interpolated in log t. `noise(t)` gives the eps [N, C, H, W] of images at
+    It is measured at `pilot_timesteps` and interpolated in log t. `noise(t)` returns the eps [N, C, H, W] for
     timesteps t (int64 [N]).
     """
     grid = pilot_timesteps(diffusion.num_timesteps)
@@ -174,14 +174,15 @@ def pilot_sizes(
 
 
 def pilot_distribution(sizes: Tensor) -> Tensor:
-    """float64 [T-1]: the probabilities of t = 1 .. T-1 for `sampled_bpd`, in proportion to the sizes of the terms."""
+    """Probabilities of t = 1 .. T-1 for `sampled_bpd` (float64 [T-1]), proportional to the terms' sizes."""
     return (1 - PILOT_UNIFORM) * sizes / sizes.sum() + PILOT_UNIFORM / len(sizes)
 
 
 def systematic_timesteps(probabilities: Tensor, u: Tensor, draws: int) -> Tensor:
-    """int64 [N, draws]: timesteps CDF^-1((u_i + k) / draws), each with probability p_t, evenly spread for an image.
+    """Draw timesteps CDF^-1((u_i + k) / draws), each with probability p_t and evenly spread within an image.
 
-    `u` is float64 [N] in [0, 1). On the CPU: a running sum on a GPU need not be the same twice.
+    `u` is float64 [N] in [0, 1); the result is int64 [N, draws]. Runs on the CPU, because cumulative sums on a GPU are
+    not deterministic.
     """
     points = (u[:, None] + torch.arange(draws)) / draws
     cdf = probabilities.cumsum(0)
@@ -200,12 +201,12 @@ def sampled_bpd(
     y: Tensor | None = None,
     clip_denoised: bool = True,
 ) -> SampledBpd:
-    """The bound of x_start [N, C, H, W] from draws + 1 network evaluations an image instead of T.
+    """Estimate the bound of x_start [N, C, H, W] from draws + 1 network evaluations per image instead of T.
 
-    prior + L_0 + the mean over `draws` timesteps of L_t / p_t: unbiased for any frozen `probabilities` (float64 [T-1],
-    of t = 1 .. T-1) and u (float64 [N], uniform in [0, 1), independent for each image; both on the CPU). Its variance
-    over images and draws is that of `total`, so sd(total) / sqrt(N) is the standard error of its mean.
-    `noise(i, t)` gives the eps of image i[j] at timestep t[j], [len(i), C, H, W].
+    The estimate is prior + L_0 + the mean of L_t / p_t over `draws` timesteps. It is unbiased for any fixed
+    `probabilities` (float64 [T-1], for t = 1 .. T-1) and u (float64 [N], uniform in [0, 1), independent for each
+    image), both on the CPU. The variance of `total` covers both images and draws, so sd(total) / sqrt(N) is the
+    standard error of its mean. `noise(i, t)` returns the eps of image i[j] at timestep t[j], [len(i), C, H, W].
     """
     n, device = len(x_start), x_start.device
     chosen = systematic_timesteps(probabilities, u, draws)
@@ -220,17 +221,17 @@ def sampled_bpd(
     return SampledBpd(prior + decoder + (terms[:, 1:] * weights).sum(1), prior, decoder)
 
 
-# ----------------------------------------------------------------------------- the best shorter chain
+# ------------------------------------------------------------------------------ optimal shorter chain
 
 
 class JumpCosts(NamedTuple):
-    """Mean bits/dim over some images of the steps that shorter chains are made of; float64 [T, T], inf below.
+    """Mean bits/dim, over some images, of every step that a shorter chain can take; float64 [T, T], inf below.
 
-    Watson et al. 2021 (arXiv:2106.03802) call them L(t, s).
+    Watson et al. 2021 (arXiv:2106.03802) call these L(t, s).
     """
 
-    kl: Tensor  # [s, t]: the step from timestep t straight to s < t
-    decoder: Tensor  # [s, t]: from s to the image, where the timestep before s is t
+    kl: Tensor  # [s, t]: the step from timestep t directly to s < t
+    decoder: Tensor  # [s, t]: the step from s to the image, after the step from t to s
 
 
 @torch.no_grad()
@@ -242,9 +243,9 @@ def jump_costs(
     y: Tensor | None = None,
     clip_denoised: bool = True,
 ) -> JumpCosts:
-    """The costs of all steps between timesteps, from T network evaluations an image.
+    """Compute the costs of all steps between timesteps, with T network evaluations per image.
 
-    For a `diffusion` of some hundred timesteps: there are T^2 costs. `noise` as for `exact_bpd`.
+    There are T^2 costs, so use a `diffusion` of a few hundred timesteps. `noise` is as in `exact_bpd`.
     """
     steps, device = diffusion.num_timesteps, x_start.device
     kl = torch.full((steps, steps), math.inf, dtype=torch.float64, device=device)
@@ -272,14 +273,14 @@ def jump_costs(
 
 
 def best_path(costs: JumpCosts, steps: int) -> list[int]:
-    """The `steps` timesteps, the last one among them, whose chain has the lowest bound: dynamic programming.
+    """Find by dynamic programming the `steps` timesteps, including the last, whose chain has the lowest bound.
 
-    ValueError unless there are so many, and two or more.
+    Raises ValueError unless `steps` is between 2 and the number of timesteps.
     """
     total = len(costs.kl)
     if not 2 <= steps <= total:
         raise ValueError(f"steps of the best path: got {steps}, expected 2 to {total}")
-    best, first = (costs.decoder + costs.kl).min(0)  # of the chains 0, first[t], t
+    best, first = (costs.decoder + costs.kl).min(0)  # of the chains with timesteps first[t], t
     before = [first]
     for _ in range(steps - 2):
         best, previous = (best[:, None] + costs.kl).min(0)
@@ -291,5 +292,5 @@ def best_path(costs: JumpCosts, steps: int) -> list[int]:
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    # The tanh approximation, kept because published likelihoods are computed with it.
+    # The tanh approximation, because published likelihoods use it.
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,6 +1,6 @@
-"""Sampling: generators along a chain, which give every step, so that the caller can watch, record or stop.
+"""Samplers as generators that yield every step, so that the caller can watch, record or stop.
 
-A shorter chain needs nothing here: it is a Diffusion with `keep`.
+For a shorter chain, pass a Diffusion with `keep`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,9 +13,9 @@ from iddpm.diffusion import Diffusion, Model, at
 
 
 class Step(NamedTuple):
-    t: int  # along the chain
+    t: int  # index in the chain
     x: Tensor  # [N, C, H, W] after the step
-    pred_xstart: Tensor  # [N, C, H, W] as the step predicted it
+    pred_xstart: Tensor  # [N, C, H, W], predicted by the step
 
 
 @torch.no_grad()
@@ -27,9 +27,9 @@ def ancestral(
     y: Tensor | None = None,
     clip_denoised: bool = True,
 ) -> Iterator[Step]:
-    """DDPM's sampler (algorithm 2), from standard normal x_T [N, C, H, W] through t = K-1 .. 0.
+    """Run DDPM's sampler (algorithm 2) from standard normal x_T [N, C, H, W] through t = K-1 .. 0.
 
-    `noise(t)` gives the standard normal z [N, C, H, W] of a step; the last one, t = 0, adds none.
+    `noise(t)` returns the standard normal z [N, C, H, W] of a step; the last step, t = 0, adds none.
     """
     x = x_T
     for i in reversed(range(diffusion.num_timesteps)):
@@ -48,13 +48,13 @@ def ddim(
     y: Tensor | None = None,
     clip_denoised: bool = True,
 ) -> Iterator[Step]:
-    """DDIM's sampler (equation 12), from standard normal x_T through t = K-1 .. 0.
+    """Run DDIM's sampler (equation 12) from standard normal x_T through t = K-1 .. 0.
 
-    eta = 0 is deterministic, eta = 1 has the variance of DDPM's posterior; above 0 it wants `noise(t)`, as
-    `ancestral` does.
+    eta = 0 is deterministic; eta = 1 uses the variance of DDPM's posterior. eta > 0 needs `noise(t)`, as in
+    `ancestral`.
     """
     if eta > 0 and noise is None:
-        raise ValueError(f"noise: got None with eta={eta}, expected a function of the timestep; only eta=0 draws none")
+        raise ValueError(f"noise: got None with eta={eta}, expected a function of the timestep; only eta=0 needs none")
     x = x_T
     for i in reversed(range(diffusion.num_timesteps)):
         z = noise(i) if noise is not None and eta > 0 and i > 0 else torch.zeros_like(x)
@@ -66,9 +66,9 @@ def ddim(
 def ddim_invert(
     model: Model, diffusion: Diffusion, x_0: Tensor, y: Tensor | None = None, clip_denoised: bool = True
 ) -> Iterator[Step]:
-    """Runs the deterministic DDIM backwards (DDIM section 4.3): step t's x has the noise level of timestep t.
+    """Run deterministic DDIM in reverse (DDIM section 4.3): step t's x has the noise level of timestep t.
 
-    The last step's x is the x_T from which `ddim` comes back to x_0, the nearer the longer the chain.
+    From the last step's x as x_T, `ddim` reconstructs x_0, more closely the longer the chain.
     """
     t = _filled(0, x_0)
     pred_xstart = diffusion.p_mean_variance(model, x_0, t, y, clip_denoised).pred_xstart
@@ -80,7 +80,7 @@ def ddim_invert(
 
 
 def final(steps: Iterable[Step]) -> Tensor:
-    """Runs the chain to its end; the x [N, C, H, W] of its last step."""
+    """Run the chain to its end and return the x [N, C, H, W] of its last step."""
     for step in steps:
         last = step
     return last.x
@@ -95,7 +95,7 @@ def ancestral_step(
     y: Tensor | None = None,
     clip_denoised: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """x_{t-1} and pred_xstart, each image at its own timestep t (int64 [N]); z is ignored where t is 0."""
+    """Return x_{t-1} and pred_xstart, each image at its own timestep t (int64 [N]); z is ignored where t is 0."""
     p = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised)
     noisy = (t > 0).to(x_t.dtype).view(-1, 1, 1, 1)
     return p.mean + noisy * (0.5 * p.log_variance).exp() * z, p.pred_xstart
@@ -111,12 +111,12 @@ def ddim_step(
     y: Tensor | None = None,
     clip_denoised: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """x_{t-1} and pred_xstart by DDIM equations 12 and 16; sigma is 0 at t = 0."""
+    """Return x_{t-1} and pred_xstart by DDIM equations 12 and 16; sigma is 0 at t = 0."""
     pred_xstart = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised).pred_xstart
-    eps = diffusion.eps_from_xstart(x_t, t, pred_xstart)  # that of the clipped x_start
+    eps = diffusion.eps_from_xstart(x_t, t, pred_xstart)  # consistent with the clipped x_start
     ac, ac_prev = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
     variance = eta**2 * (1 - ac_prev) / (1 - ac) * (1 - ac / ac_prev)
-    direction = (1 - ac_prev - variance).clamp(min=0).sqrt()  # 0 at t = 0, but for rounding
+    direction = (1 - ac_prev - variance).clamp(min=0).sqrt()  # 0 at t = 0, up to rounding
     mean = at(ac_prev.sqrt(), t, x_t) * pred_xstart + at(direction, t, x_t) * eps
     return mean + at(variance.sqrt(), t, x_t) * z, pred_xstart
 
@@ -129,7 +129,7 @@ def ddim_invert_step(
     y: Tensor | None = None,
     clip_denoised: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """x_{t+1} and pred_xstart: an Euler step of DDIM equation 14. Beyond the last timestep is pure noise."""
+    """Return x_{t+1} and pred_xstart by an Euler step of DDIM equation 14. Past the last timestep is pure noise."""
     pred_xstart = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised).pred_xstart
     eps = diffusion.eps_from_xstart(x_t, t, pred_xstart)
     ac_next = diffusion.alphas_cumprod_next
@@ -137,11 +137,11 @@ def ddim_invert_step(
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """Between a (weight 0) and b (weight 1), both [N, ...], along a great circle each (DDIM appendix D.5)."""
+    """Interpolate spherically from a (weight 0) to b (weight 1), both [N, ...], per image (DDIM appendix D.5)."""
     flat_a, flat_b = a.flatten(1), b.flatten(1)
     cosine = torch.cosine_similarity(flat_a, flat_b).clamp(-1, 1)
     angle = cosine.acos().view(-1, *[1] * (a.dim() - 1))
-    # Where a and b are parallel the circle is not defined, and a straight line is as good.
+    # If a and b are parallel, the great circle is undefined: interpolate linearly.
     parallel = angle.sin() < 1e-4
     sine = torch.where(parallel, torch.ones_like(angle), angle.sin())
     along = (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / sine

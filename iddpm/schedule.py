@@ -1,4 +1,4 @@
-"""Noise schedules, and the choice of timesteps for a shorter chain."""
+"""Noise schedules and timestep selection for shorter chains."""
 
 import math
 from itertools import accumulate, pairwise, repeat
@@ -10,10 +10,10 @@ from iddpm.config import Schedule
 
 
 def make_betas(schedule: Schedule, timesteps: int) -> Tensor:
-    """The betas of a schedule, float64 [T] on the CPU.
+    """Return the betas of a schedule, float64 [T] on the CPU.
 
-    linear: DDPM's 1e-4 to 0.02 at T = 1000 (section 4), scaled by 1000/T. cosine: IDDPM equation 17 with s =
-    0.008, each beta at most 0.999.
+    linear: DDPM's 1e-4 to 0.02 at T = 1000 (section 4), scaled by 1000/T. cosine: IDDPM equation 17 with
+    s = 0.008, each beta clipped to 0.999.
     """
     if schedule == "linear":
         first, last = 1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps
@@ -24,13 +24,13 @@ def make_betas(schedule: Schedule, timesteps: int) -> Tensor:
 
 
 def respace(timesteps: int, spec: str) -> list[int]:
-    """The timesteps, of `timesteps`, that a shorter chain keeps, in increasing order.
+    """Return the timesteps, out of `timesteps`, that a shorter chain keeps, in increasing order.
 
-    "250" keeps 250 evenly spaced ones, the first and the last among them (IDDPM section 4); "10,15,20" cuts
-    the chain into three equal sections and keeps so many of each; "ddim50" keeps 50 at one whole-number
-    stride, beginning with 0 (DDIM appendix D.2).
+    "250" keeps 250 evenly spaced timesteps including the first and last (IDDPM section 4); "10,15,20" splits the
+    chain into three equal sections and keeps that many of each; "ddim50" keeps 50 at a fixed integer stride from 0
+    (DDIM appendix D.2).
 
-    ValueError for a spec that cannot be read or asks for more timesteps than there are.
+    Raises ValueError for a spec that is malformed or asks for more timesteps than there are.
     """
     by_stride = spec.startswith("ddim")
     fields = [spec.removeprefix("ddim")] if by_stride else spec.split(",")
@@ -42,8 +42,8 @@ def respace(timesteps: int, spec: str) -> list[int]:
             if len(range(0, timesteps, step)) == counts[0]:
                 return list(range(0, timesteps, step))
         raise ValueError(
-            f"timesteps to keep: got {spec!r}, but no whole-number stride takes {counts[0]} of {timesteps} "
-            f'timesteps; "{counts[0]}" takes them evenly'
+            f"timesteps to keep: got {spec!r}, but no integer stride selects {counts[0]} of {timesteps} "
+            f'timesteps; use "{counts[0]}" to space them evenly'
         )
     kept: list[int] = []
     start = 0
@@ -53,7 +53,7 @@ def respace(timesteps: int, spec: str) -> list[int]:
         if count > length:
             raise ValueError(f"timesteps to keep: got {spec!r}, but section {section + 1} has only {length} timesteps")
         stride = (length - 1) / (count - 1) if count > 1 else 0.0
-        # A running sum, not a product: it decides which way a half rounds, and published numbers have it so.
+        # A running sum, not a product: they round halves differently, and published numbers use the sum.
         kept += [start + round(p) for p in accumulate(repeat(stride, count - 1), initial=0.0)]
         start += length
     return kept

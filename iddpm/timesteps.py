@@ -1,7 +1,7 @@
-"""Which timesteps to train on: uniformly, or in proportion to how large each one's loss has lately been.
+"""Samplers of training timesteps: uniform, or in proportion to each timestep's recent losses.
 
-The random numbers come from outside, so that every rank can draw the timesteps of the whole global batch and
-take its share.
+The caller supplies the random numbers, so that every rank can draw the timesteps of the global batch and take its
+share.
 """
 
 from typing import Literal
@@ -13,7 +13,7 @@ from iddpm.noise import mix64
 
 
 class UniformSampler:
-    """Every timestep with the same probability, weight 1."""
+    """Samples every timestep with the same probability and weight 1."""
 
     needs_losses: Literal[False] = False
 
@@ -29,11 +29,11 @@ class UniformSampler:
 
 
 class LossSecondMomentSampler:
-    """Importance sampling of L_vlb: p_t in proportion to the root mean square of t's losses (IDDPM eq. 18).
+    """Importance sampling of L_vlb: p_t is proportional to the root mean square of t's losses (IDDPM eq. 18).
 
-    Of its last `history` losses, that is; uniform until every timestep has so many. `uniform_prob` of the
-    probability stays uniform after that, so that no timestep is forgotten. All of it, the switch included,
-    stays on the device.
+    It uses the last `history` losses of each timestep and is uniform until every timestep has that many. After that,
+    a fraction `uniform_prob` of the probability stays uniform, so that every timestep is still sampled. All
+    computation, including the switch, stays on the device.
     """
 
     needs_losses: Literal[True] = True
@@ -47,62 +47,61 @@ class LossSecondMomentSampler:
     ):
         self.num_timesteps = num_timesteps
         self.uniform_prob = uniform_prob
-        # The k-th loss of a timestep is in slot k mod history of its row; counts says how many it ever had.
+        # The k-th loss of a timestep is in slot k mod history of its row; counts holds its total number of losses.
         self.history = torch.zeros(num_timesteps, history, dtype=torch.float64, device=device)
         self.counts = torch.zeros(num_timesteps, dtype=torch.int64, device=device)
 
     def warmed_up(self) -> Tensor:
-        """Bool scalar: whether every timestep has a full history."""
+        """Whether every timestep has a full history, as a bool scalar."""
         return (self.counts >= self.history.shape[1]).all()
 
     def weights(self) -> Tensor:
-        """float64 [T]: the probabilities once warmed up, before that all ones."""
+        """Unnormalised weights, float64 [T]: the probabilities once warmed up, all ones before."""
         w = self.history.square().mean(1).sqrt()
         w = w / w.sum() * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
         return torch.where(self.warmed_up(), w, torch.ones_like(w))
 
     def probabilities(self) -> Tensor:
-        """float64 [T], summing to 1."""
+        """Probability of each timestep, float64 [T]."""
         w = self.weights()
         return w / w.sum()
 
     def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps (int64 [n]) and loss weights (float32 [n]) from uniform u (float64 [n] in [0, 1)).
 
-        The weights are 1 / (T p_t), by which the losses average in expectation to their mean over all
-        timesteps.
+        The weights are 1 / (T p_t), so that the weighted loss is in expectation the mean over all timesteps.
         """
         p = self.probabilities()
-        # In integers, whose running sum is the same on every device and every time.
+        # Integer cumulative sums are deterministic and equal on every device.
         edges = (p * 2.0**52).long().cumsum(0)
         t = torch.searchsorted(edges, (u * edges[-1]).long(), right=True)
         return t, (1 / (self.num_timesteps * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Records losses[i] for timestep t[i] (both [n]), as if one after the other.
+        """Record losses[i] for timestep t[i] (both [n]), as if one after the other.
 
-        Every rank must record the whole global batch in the same order to stay the same.
+        To stay in sync, every rank must record the whole global batch in the same order.
         """
         slots = self.history.shape[1]
         by_t, order = t.sort(stable=True)
         starts = torch.searchsorted(by_t, torch.arange(self.num_timesteps + 1, device=t.device))
         added = starts.diff()
-        # Among the losses of its timestep in this batch, each is the nth.
+        # Each loss is the nth of its timestep in this batch.
         nth = torch.arange(len(t), device=t.device) - starts[by_t]
         slot = by_t * slots + (self.counts[by_t] + nth) % slots
-        # Two writes to one slot have no order: a loss that this batch itself overwrites goes to a spare slot.
+        # Writes to the same slot have no defined order: a loss that this batch itself overwrites goes to a spare slot.
         slot = torch.where(nth >= added[by_t] - slots, slot, self.history.numel())
         flat = torch.cat([self.history.flatten(), self.history.new_zeros(1)])
         self.history = flat.scatter(0, slot, losses[order].to(flat.dtype))[:-1].view_as(self.history)
         self.counts = self.counts + added
 
     def digest(self) -> Tensor:
-        """int64 scalar: a hash of every bit of the state, to compare ranks by."""
+        """Hash of the complete state as an int64 scalar, for comparing ranks."""
         bits = torch.cat([self.history.flatten().view(torch.int64), self.counts])
         return mix64(bits ^ mix64(torch.arange(len(bits), device=bits.device))).sum()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """float64 history [T, history] and int64 counts [T]: the live tensors, into which a saved state is copied."""
+        """float64 history [T, history] and int64 counts [T]: the live tensors, to copy a saved state into."""
         return {"history": self.history, "counts": self.counts}
 
 
@@ -112,7 +111,7 @@ TimestepSampler = UniformSampler | LossSecondMomentSampler
 def make_sampler(
     name: Literal["uniform", "loss-second-moment"], num_timesteps: int, device: torch.device | str = "cpu"
 ) -> TimestepSampler:
-    """The sampler of that name over timesteps 0 .. num_timesteps - 1."""
+    """Return the named sampler over timesteps 0 .. num_timesteps - 1."""
     if name == "uniform":
         return UniformSampler(num_timesteps)
     if name == "loss-second-moment":

@@ -1,4 +1,4 @@
-"""The U-Net of IDDPM. Its state_dict has the names and shapes of the published improved-diffusion models."""
+"""The U-Net of IDDPM. Its state_dict matches the names and shapes of the published improved-diffusion models."""
 
 import math
 
@@ -11,15 +11,14 @@ from iddpm.config import GROUPS, UNetConfig
 from iddpm.fused import fused_norm_act
 
 PRODUCTS_UP_TO = 256
-"""Pixels up to which attention on a CPU in bfloat16 is two products and a softmax, whose weights fit the caches.
-
-torch's own kernel computes in float32 there and takes two to five times as long."""
+"""Largest number of pixels for which bfloat16 attention on a CPU uses two matrix products and a softmax, whose
+weights fit the caches. There, torch's own kernel computes in float32 and takes two to five times as long."""
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Cosines, then sines, of t [N] at dim/2 frequencies falling geometrically from 1 to 1e-4: [N, dim].
+    """Cosines, then sines, of t [N] at dim/2 frequencies that fall geometrically from 1 to 1e-4: [N, dim].
 
-    t need not be whole. In float32, or t's dtype where that is wider.
+    t may be fractional. The result is float32, or t's dtype if that is wider.
     """
     dtype = torch.promote_types(t.dtype, torch.float32)
     exponent = torch.arange(dim // 2, dtype=dtype, device=t.device) / (dim // 2)
@@ -30,7 +29,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 def norm_act(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
-    """GroupNorm of x [N, C, H, W], scaled and shifted ([N, C, 1, 1]) where it is told how, then SiLU."""
+    """GroupNorm of x [N, C, H, W], then an optional scale and shift ([N, C, 1, 1]), then SiLU."""
     h = group_norm(x, groups, weight, bias, eps)
     if scale is not None and shift is not None:
         h = torch.addcmul(shift, h, 1 + scale)
@@ -38,13 +37,13 @@ def norm_act(
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """In float32 at least, whatever the network runs in."""
+    """GroupNorm computed in float32 or wider, whatever the network's dtype."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return F.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm over 32 groups that computes in float32 at least."""
+    """GroupNorm over 32 groups, computed in float32 or wider."""
 
     def __init__(self, channels: int):
         super().__init__(GROUPS, channels)
@@ -54,7 +53,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class NormAct(GroupNorm):
-    """What is between two convolutions, and bound by memory: the part of the network that is worth compiling."""
+    """The operations between two convolutions: they are memory-bound and therefore worth compiling."""
 
     fused = False
 
@@ -64,12 +63,12 @@ class NormAct(GroupNorm):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the timestep's embedding between them, beside a skip connection."""
+    """Two convolutions with the timestep embedding injected between them, and a skip connection."""
 
     def __init__(self, channels: int, out_channels: int, emb_channels: int, config: UNetConfig):
         super().__init__()
         self.scale_shift_norm = config.scale_shift_norm
-        # Identity stands where the published models count their SiLU as a layer.
+        # Identity keeps the layer numbers of the published models, which have a separate SiLU layer.
         self.in_layers = nn.Sequential(
             NormAct(channels), nn.Identity(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
@@ -97,7 +96,7 @@ class ResBlock(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over [N, heads, pixels, channels of the head]."""
+    """Softmax attention over [N, heads, pixels, channels per head]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= PRODUCTS_UP_TO:
         weights = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
         return weights.softmax(3) @ v
@@ -117,9 +116,9 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        # [N, pixels, C]: no copy in channels_last, and what linear layers and fused attention want.
+        # [N, pixels, C]: no copy in channels_last, and the layout that linear layers and fused attention need.
         pixels = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)
-        qkv = F.linear(pixels, self.qkv.weight.squeeze(2), self.qkv.bias)  # channels: [head, (q, k, v), of the head]
+        qkv = F.linear(pixels, self.qkv.weight.squeeze(2), self.qkv.bias)  # channels: [head, (q, k, v), channel]
         q, k, v = qkv.view(n, h * w, self.num_heads, 3, c // self.num_heads).transpose(1, 2).unbind(3)
         out = attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
         out = F.linear(out, self.proj_out.weight.squeeze(2), self.proj_out.bias)
@@ -127,7 +126,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution by a strided convolution."""
+    """Halves the resolution with a strided convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -138,7 +137,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution: nearest neighbours, then a convolution."""
+    """Doubles the resolution by nearest-neighbour interpolation, followed by a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -149,7 +148,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers in sequence; those that want it get the embedding as well."""
+    """Layers in sequence; residual blocks also get the embedding."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
@@ -160,10 +159,10 @@ class Stage(nn.ModuleList):
 class UNet(nn.Module):
     """Images [N, in_channels, S, S], timesteps [N], labels (int64 [N] or None) -> [N, out_channels, S, S].
 
-    Starts as the zero function. Images are cast to the dtype of the weights, the output is left in it.
-    `checkpoint_activations` trades time for memory: the backward pass computes each stage's activations anew.
+    The network is initialised to output zero. Images are cast to the dtype of the weights, which is also that of the
+    output. `checkpoint_activations` trades time for memory: the backward pass recomputes each stage's activations.
 
-    ValueError from forward if labels are missing, or given to an unconditional model.
+    `forward` raises ValueError if labels are missing, or given to an unconditional model.
     """
 
     def __init__(self, config: UNetConfig, out_channels: int):
@@ -180,7 +179,7 @@ class UNet(nn.Module):
         size, width = config.image_size, channels
         last_level = len(config.channel_mult) - 1
         self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
-        skips = [width]  # of the features that the way up takes from the way down
+        skips = [width]  # widths of the skip connections
         for level, mult in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):
                 stage: list[nn.Module] = [ResBlock(width, mult * channels, emb_channels, config)]
@@ -242,13 +241,13 @@ class UNet(nn.Module):
         return checkpoint(stage, h, emb, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
 
     def fuse(self, fused: bool = True) -> None:
-        """Have what lies between the convolutions compiled when it first runs: a few kernels for all blocks."""
+        """Compile the operations between convolutions on their first run, into a few kernels shared by all blocks."""
         for module in self.modules():
             if isinstance(module, NormAct):
                 module.fused = fused
 
 
 def _zero(layer: nn.Module) -> None:
-    # The last one of each branch, so that every block starts as the identity.
+    # Applied to the last layer of each branch, so that every block starts as the identity.
     for p in layer.parameters():
         nn.init.zeros_(p)

@@ -1,6 +1,6 @@
-"""Draw learning curves from runs' journals: `python -m jobs.curves OUT.png RUN_FOLDER...`."""
+"""Draw the learning curves of training runs from their journals."""
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from pipeline.tracking import read_journal
 PANELS = {
     "train/loss": "loss",
     "train/mse": "$L_{simple}$",
-    "train/vb": "bound's part",
+    "train/vb": "$L_{vlb}$ term",
     "train/grad_norm": "gradient norm",
 }
 
 
 def draw(folders: Sequence[Path], out: Path) -> None:
-    """One line a run in a panel each for the loss, its parts and the gradient norm, over images seen."""
+    """Plot the loss, its parts and the gradient norm over images seen, one panel each with one line per run."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -26,7 +26,7 @@ def draw(folders: Sequence[Path], out: Path) -> None:
     for folder in folders:
         rows = [r["metrics"] for r in read_journal(folder) if r["kind"] == "metrics"]
         if not rows:
-            raise ValueError(f"{folder}: no journal with metrics there; expected the folder of a training run")
+            raise ValueError(f"{folder}: no journal with metrics; expected the folder of a training run")
         for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
             points = [(row["train/images"], row[name]) for row in rows if row[name] > 0]
             axis.plot(*zip(*points, strict=True), label=folder.name, linewidth=1.2)
@@ -40,9 +40,11 @@ def draw(folders: Sequence[Path], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        raise SystemExit(f"{__doc__}\nerror: expected a PNG file to write and at least one run's folder")
+    parser = argparse.ArgumentParser("python -m jobs.curves", description=__doc__)
+    parser.add_argument("out", type=Path, help="PNG file to write")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of training runs")
+    args = parser.parse_args()
     try:
-        draw([Path(folder) for folder in sys.argv[2:]], Path(sys.argv[1]))
+        draw(args.runs, args.out)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

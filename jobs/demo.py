@@ -1,5 +1,6 @@
-"""`make demo`: the whole way on this machine, from real images to a trained model, its samples and its bits/dim."""
+"""`make demo`: from real images to a trained model, its samples and its bits/dim, all on this machine."""
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -14,28 +15,27 @@ IMAGES = 32  # validation images for the exact bits/dim, which evaluates the net
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        raise SystemExit(__doc__)
-    print("1. Data: scikit-learn's handwritten digits, as WebDataset shards", flush=True)
+    argparse.ArgumentParser("python -m jobs.demo", description=__doc__).parse_args()
+    print("1. Write scikit-learn's handwritten digits as WebDataset shards", flush=True)
     run("pipeline.prepare", "digits", "--out", "data/digits")
 
     print(f"\n2. Train {STEPS[-1]} steps of L_hybrid on the CPU", flush=True)
     run("pipeline.train", "--out", RUN, "--horizon", f"{STEPS[-1]}steps", "--keep-every", "500")
 
-    print("\n3. Bits/dim of the moving average on validation images, as training went on", flush=True)
+    print("\n3. Evaluate bits/dim of the EMA on validation images at several training steps", flush=True)
     for step in STEPS:
         run("pipeline.evaluate", RUN, "--step", str(step))
     run("pipeline.evaluate", RUN, "--exact", "--images", str(IMAGES))
 
-    print("\n4. Pictures", flush=True)
+    print("\n4. Draw samples and learning curves", flush=True)
     run("pipeline.sample", RUN, "--out", f"{RUN}/grid.png", "--steps", "250")
     run("jobs.curves", f"{RUN}/curves.png", RUN)
 
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     ui = f"{Path(sys.executable).parent}/mlflow ui --backend-store-uri sqlite:///mlflow.db"
     print(
-        f"\nOpen   {Path(RUN).resolve()}/grid.png       64 digits that never were"
-        f"\n       {Path(RUN).resolve()}/curves.png     how the losses fell\nCompare runs "
+        f"\nOpen   {Path(RUN).resolve()}/grid.png       64 generated digits"
+        f"\n       {Path(RUN).resolve()}/curves.png     learning curves\nCompare runs "
         + (f"in MLflow at {mask(uri)}" if uri else f"with   {ui}\n                    and open http://127.0.0.1:5000")
     )
 

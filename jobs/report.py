@@ -1,4 +1,4 @@
-"""A study's fits in words, figures and one self-contained HTML file."""
+"""A study's fits as text, figures and one self-contained HTML file."""
 
 import base64
 import html
@@ -42,13 +42,13 @@ FORMULA = {"L(C)": "L(C) = E + A·C^-a", "L(N, D)": "L(N, D) = E + A·N^-alpha +
 
 
 class Findings:
-    """What the points of one metric support, and why not the rest: `refused` has the reason of each thing missing."""
+    """All results that the points of one metric support; `refused` gives the reason for each missing result."""
 
     def __init__(self, points: Sequence[ComputePoint], floor: Measured | None = None) -> None:
         check_points(points)
         self.points = points
         self.floor = floor
-        """What real images get, of a metric of images."""
+        """The value that real images get, for image metrics."""
         self.name = points[0].name
         self.label = {"nll": "bits/dim", "fid": "FID"}.get(self.name, self.name)
         self.refused: dict[str, str] = {}
@@ -63,7 +63,7 @@ class Findings:
             for budget in (self.last, 10 * self.last):
                 self._try("optimum", self.optima, budget, partial(compute_optimal, size_data, points, budget))
         self.warnings = [
-            f"{law}: {', '.join(fit.undetermined)} at the bounds of the fit; the points do not determine them"
+            f"{law}: the points do not determine {', '.join(fit.undetermined)} (at the bounds of the fit)"
             for law, fit in self.fits.items()
             if fit.undetermined
         ] + warnings(points)
@@ -75,7 +75,7 @@ class Findings:
             self.refused[name] = str(error)
 
     def text(self) -> str:
-        """Everything, for a terminal."""
+        """Format all findings for a terminal."""
         runs = len({p.run for p in self.points})
         lines = [f"{self.label}: {len(self.points)} points of {runs} runs; 95 % intervals over runs"]
         for law, fit in self.fits.items():
@@ -85,9 +85,9 @@ class Findings:
             f = self.floor
             lines += [
                 "",
-                f"real images in the place of drawn ones: {f.value:.4f} ({f.passport['real']}, n {f.passport['n']})",
+                f"real images instead of generated ones: {f.value:.4f} ({f.passport['real']}, n {f.passport['n']})",
             ]
-        lines += ["", "held out: the largest budget, predicted from the others"]
+        lines += ["", "held out: the largest budget, predicted from the other budgets"]
         for law, held in self.held.items():
             lines.append(
                 f"  {law:8s} {held.budget:.3g} FLOPs: predicted {held.predicted:.4f} [{held.low:.4f}, {held.high:.4f}],"
@@ -104,7 +104,7 @@ class Findings:
         return "\n".join(lines)
 
     def plain(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return all findings as JSON-serialisable data."""
         return {
             "points": [vars(p) for p in self.points],
             "real_images": self.floor and vars(self.floor),
@@ -117,7 +117,7 @@ class Findings:
 
 
 def report(study: Study, out: str | None) -> None:
-    """Print the findings; with `out`, write the report into that folder (default: in the study's) and to MLflow."""
+    """Print the findings; unless `out` is None, write the report to that folder ("": the study's) and to MLflow."""
     every: list[Findings] = []
     measured = load_points(study)
     floors = _floors(study) if measured else {}
@@ -125,10 +125,10 @@ def report(study: Study, out: str | None) -> None:
         try:
             every.append(Findings(points, floors.get(name)))
             print(every[-1].text() + "\n")
-        except ValueError as error:  # what one metric's points have is nothing against the others
+        except ValueError as error:  # the other metrics may still be fitted
             print(f"refused: {name}: {error}")
     if not every:
-        raise ValueError("the study has no points to fit yet; `run` it first")
+        raise ValueError("the study has no points to fit; `run` it first")
     if out is None:
         return
     folder = Path(out) if out else (study.store.local or Path("runs") / study.name) / "report"
@@ -142,15 +142,15 @@ def report(study: Study, out: str | None) -> None:
             client = connect(tracking_uri(tracking))
             run_id = find_or_create_run(client, study.name, study.parent, study.name, {})
             text = "\n\n".join(findings.text() for findings in every)
-            client.set_tag(run_id, "mlflow.note.content", f"```\n{text[:7900]}\n```")  # MLflow takes 8,000 characters
+            client.set_tag(run_id, "mlflow.note.content", f"```\n{text[:7900]}\n```")  # MLflow's limit is 8,000
             client.log_artifacts(run_id, str(folder), "report")
             client.set_terminated(run_id)
-        except Exception as error:  # a tracking server's troubles are never the report's
+        except Exception as error:  # a tracking server must not make the report fail
             print(f"warning: MLflow did not take the report: {mask(str(error))}")
 
 
 def _floors(study: Study) -> dict[str, Measured]:
-    """What the metrics of images say of real ones, by name; measured once, and kept beside the points."""
+    """Return the image metrics of real images by name; measured once and cached next to the points."""
     name, options = "floor.json", study.evaluation
     try:
         content = json.loads(study.store.read(name))
@@ -160,10 +160,10 @@ def _floors(study: Study) -> dict[str, Measured]:
         try:
             found = real_floor(options, study.runs[0].config, World(device=pick_device("auto", 0)))
         except (ValueError, OSError) as error:
-            print(f"warning: what real images get is not known: {error}")
+            print(f"warning: cannot measure the metrics of real images: {error}")
             return {}
         content = {"evaluate": study.evaluate, "floors": [vars(value) for value in found]}
-        with suppress(StorageError):  # a study that may only be read
+        with suppress(StorageError):  # a read-only study
             study.store.write(name, json.dumps(content).encode())
     return {floor["name"]: Measured(**floor) for floor in content["floors"]}
 
@@ -172,7 +172,7 @@ def _floors(study: Study) -> dict[str, Measured]:
 
 
 def figures(findings: Findings) -> "dict[str, tuple[Figure, str]]":
-    """Each picture with its caption."""
+    """Draw all figures; return each with its caption."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -227,9 +227,9 @@ def _frontier(findings: Findings) -> "tuple[Figure, str]":
         axis.axhline(findings.floor.value, color="black", ls=":", lw=1.2, label="real images")
     axis.legend(fontsize=8, ncols=2)
     return figure, (
-        "Each point is a run measured at a budget; circles: the best size (mean over seeds) at each budget; line and"
-        " band: the fit and its 95 % interval, by a bootstrap over runs; square: the largest budget as predicted"
-        " without it, with the interval of a new measurement; dotted: what as many real images get."
+        "Points: runs, each measured at a budget; circles: the best size (mean over seeds) at each budget; line and"
+        " band: the fit and its 95 % interval, bootstrapped over runs; square: the largest budget predicted without it,"
+        " with the interval of a new measurement; dotted: the same number of real images."
     )
 
 
@@ -245,13 +245,13 @@ def _isoflop(findings: Findings) -> "tuple[Figure, str]":
         axis.plot(grid, curve(grid), color=color, lw=1.2, label=f"{curve.budget:.2g} FLOPs")
         if curve.parameters:
             axis.plot([curve.parameters], [curve(curve.parameters)], "*", color=color, ms=11, mec="black", mew=0.5)
-    axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # sizes span a decade: all labels would overlap
+    axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # within a decade of sizes, more labels would overlap
     for formatted in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
         formatted(lambda n, _: f"{n / 1e6:.3g}M")
     axis.legend(fontsize=8, ncols=2)
     return figure, (
-        "A parabola in log N for each budget; stars: minima that lie within the sizes measured. A curve without a"
-        " star shows no optimum."
+        "A parabola in log N for each budget; stars: minima within the sizes measured. A curve without a star shows"
+        " no optimum."
     )
 
 
@@ -260,10 +260,8 @@ def _residuals(findings: Findings) -> "tuple[Figure, str]":
     axis.set_yscale("linear")
     axis.yaxis.set_major_formatter("{x:+.1%}")
     for law, fit in findings.fits.items():
-        best = {(b.budget, b.parameters) for b in frontier(findings.points)}
-        own = [p for p in findings.points if law != "L(C)" or (p.budget, p.parameters) in best]
         axis.plot(
-            [p.flops for p in own],
+            [p.flops for p in fit.points],
             fit.residuals,
             "o" if law == "L(C)" else "x",
             ms=5,
@@ -271,7 +269,7 @@ def _residuals(findings: Findings) -> "tuple[Figure, str]":
         )
     axis.axhline(0, color="black", lw=0.8)
     axis.legend(fontsize=8)
-    return figure, "Residuals of both laws: a trend over compute would say that a law has the wrong form."
+    return figure, "Residuals of the fitted laws: a trend over compute would mean that a law has the wrong form."
 
 
 def _papers(findings: Findings) -> "tuple[Figure, str]":
@@ -279,7 +277,7 @@ def _papers(findings: Findings) -> "tuple[Figure, str]":
 
     fit, points = findings.fits["L(C)"], findings.points
     figure, axis = _axes(
-        "What is reducible, beside IDDPM's fit", "training compute, MACs", f"{findings.label} above the floor"
+        "Reducible part, with IDDPM's fit", "training compute, MACs", f"{findings.label} above the floor"
     )
     axis.yaxis.set_minor_formatter(NullFormatter())  # too many decades for labels between them
     macs = np.geomspace(min(p.budget for p in points), max(p.budget for p in points), 50) / 2
@@ -294,8 +292,8 @@ def _papers(findings: Findings) -> "tuple[Figure, str]":
     axis.plot(there, (k * there) ** -exponent, "--", color="black", lw=1.2, label=label)
     axis.legend(fontsize=8)
     return figure, (
-        "The part above the irreducible term, over multiply-accumulates, which is what the paper's printed C agrees"
-        " with. Slopes may be compared, heights may not: the data differ, and the paper set its constants by hand."
+        "The part above the irreducible term over multiply-accumulates, which match the C printed in the paper."
+        " Slopes are comparable, heights are not: the data differ, and the paper set its constants by hand."
     )
 
 
@@ -303,7 +301,7 @@ def _papers(findings: Findings) -> "tuple[Figure, str]":
 
 
 def page(study: Study, every: Sequence[Findings], folder: Path) -> str:
-    """The report as HTML, with every picture in it; the pictures are also written to the folder."""
+    """Return the report as HTML with embedded figures; the figures are also written to the folder."""
     sections: list[str] = []
     rows: dict[tuple[str, float], list[str]] = {}
     for column, findings in enumerate(every):
@@ -314,7 +312,7 @@ def page(study: Study, every: Sequence[Findings], folder: Path) -> str:
             sections.append(_figure(path.read_bytes(), caption))
         passport = "; ".join(f"{k} = {v}" for k, v in findings.points[0].passport.items())
         sections.append(f"<pre>{html.escape(findings.text())}</pre>")
-        sections.append(f"<figcaption>All points have: {html.escape(passport)}.</figcaption>")
+        sections.append(f"<figcaption>Passport of all points: {html.escape(passport)}.</figcaption>")
         for p in findings.points:
             cost = [p.run, f"{p.parameters:,.0f}", f"{p.images:,.0f}", f"{p.flops:.4e}", f"{p.budget:.3g}"]
             rows.setdefault((p.run, p.budget), cost + ["-"] * len(every))[len(cost) + column] = f"{p.value:.4f}"
@@ -324,8 +322,8 @@ def page(study: Study, every: Sequence[Findings], folder: Path) -> str:
 img{{max-width:100%}}figure{{display:inline-block;margin:.5rem;max-width:28rem;vertical-align:top}}
 figcaption{{color:#555;font-size:.85em}}pre{{background:#f6f6f6;padding:1rem;overflow-x:auto;font-size:.8em}}</style>
 <h1>{html.escape(study.name)}</h1>
-<p>FLOPs count 2 for each multiply-accumulate, forward and backward. Laws are fitted to log values with Huber's loss;
-intervals are 95 %, by a bootstrap over runs.</p>
+<p>FLOPs count 2 per multiply-accumulate, forward and backward. Laws are fitted to log values with the Huber loss;
+intervals are 95 %, bootstrapped over runs.</p>
 {"".join(sections)}
 <h2>Samples</h2>{_samples(study)}
 <h2>Points</h2><pre>{html.escape(table([header, *rows.values()]))}</pre></html>
@@ -333,7 +331,7 @@ intervals are 95 %, by a bootstrap over runs.</p>
 
 
 def _samples(study: Study) -> str:
-    """The last grid of each size's longest run."""
+    """Show the last sample grid of the longest run of each size."""
     shown = []
     for value in study.values:
         for run in sorted((r for r in study.runs if r.value == value), key=lambda r: -r.budgets[-1]):
@@ -341,7 +339,7 @@ def _samples(study: Study) -> str:
             if grids := sorted(store.list("samples/")):
                 shown.append(_figure(store.read(grids[-1]), f"{study.axis} {value}"))
                 break
-    return "".join(shown) or "<p>None were drawn.</p>"
+    return "".join(shown) or "<p>No sample grids.</p>"
 
 
 def _figure(png: bytes, caption: str) -> str:

@@ -40,6 +40,7 @@ from pipeline.train import provide_digits, was_interrupted
 
 if TYPE_CHECKING:  # they bring torch and scipy
     from pipeline.evaluate import EvaluateConfig
+    from pipeline.hardware import Cost
     from pipeline.scaling import ComputePoint
 
 HARDWARE: dict[str, tuple[dict[str, float], float]] = {
@@ -203,34 +204,6 @@ class OfStudy:
     """The study file."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a size costs, counted on the meta device."""
-
-    parameters: int
-    forward: int
-    """FLOPs of an image's forward pass."""
-    memory: int
-    """Bytes on one rank."""
-
-    @property
-    def train(self) -> int:
-        return 3 * self.forward
-
-
-def count(config: TrainConfig) -> Cost:
-    from iddpm.flops import count_parameters, forward_flops
-    from pipeline.hardware import memory_bytes
-
-    channels = config.diffusion.out_channels(config.model.in_channels)
-    share = min(config.microbatch or config.batch_size, config.batch_size)
-    return Cost(
-        count_parameters(config.model, channels),
-        forward_flops(config.model, channels),
-        sum(memory_bytes(config, share).values()),
-    )
-
-
 # ------------------------------------------------------------------------------------------- plan
 
 
@@ -252,8 +225,10 @@ class Plan(OfStudy):
             raise ValueError(f"--utilisation: got {self.utilisation}, expected a part of the peak, in (0, 1]")
 
 
-def count_sizes(study: Study) -> dict[str, Cost]:
+def count_sizes(study: Study) -> "dict[str, Cost]":
     """Of each value; ValueError where two have as many parameters, which the fits would take for one network."""
+    from pipeline.hardware import count
+
     costs = {value: count(next(r for r in study.runs if r.value == value).config) for value in study.values}
     if len({cost.parameters for cost in costs.values()}) < len(costs):
         shown = ", ".join(f"{value}: {cost.parameters:,}" for value, cost in costs.items())
@@ -284,7 +259,12 @@ def plan(options: Plan) -> None:
         hours = (flops + points) / peak / 3600
         rows.append([run.name, f"{run.config.lr:.3g}", f"{cost.parameters:,}", f"{cost.forward / 2e9:.4g}G"])
         rows[-1] += [f"{cost.train / 1e9:.4g}G", f"{budget:.3g}", f"{steps:,}", f"{epochs:.2f}"]
-        rows[-1] += [f"{cost.memory / 2**30:.2f} GiB", f"{points:.2g}", f"{hours:.3g}", f"{hours * price:.2f}"]
+        rows[-1] += [
+            f"{sum(cost.memory.values()) / 2**30:.2f} GiB",
+            f"{points:.2g}",
+            f"{hours:.3g}",
+            f"{hours * price:.2f}",
+        ]
         first = horizon_steps(run.at(run.budgets[0]), cost.train)
         for line in _unequal(run, first, images):
             warned.setdefault(line, []).append(run.name)
@@ -522,17 +502,17 @@ def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
 
 def missing(study: Study, run: Run) -> list[float]:
     """The budgets at which the run is not measured as the study says; ValueError where it was another run."""
-    found = []
-    for budget in run.budgets:
-        try:
-            point = json.loads(study.store.read(run.point(budget)))
-        except FileNotFoundError:
-            found.append(budget)
-            continue
-        check_same_run(point["config"], run.at(budget))
-        if point["evaluate"] != list(study.evaluate):
-            found.append(budget)
-    return found
+    return [budget for budget in run.budgets if not _point(study, run, budget)]
+
+
+def _point(study: Study, run: Run, budget: float) -> dict[str, Any] | None:
+    """What is measured of a run at a budget, as the study says; ValueError where it was another run."""
+    try:
+        content: dict[str, Any] = json.loads(study.store.read(run.point(budget)))
+    except FileNotFoundError:
+        return None
+    check_same_run(content["config"], run.at(budget))
+    return content if content["evaluate"] == list(study.evaluate) else None
 
 
 class Children:
@@ -581,8 +561,7 @@ def measure(study: Study, run: Run, budget: float) -> None:
     config = run.config
     options = replace(study.evaluation, run=config.out, tracking=config.tracking)
     world = World(device=pick_device(config.launch.device, 0))
-    channels = config.diffusion.out_channels(config.model.in_channels)
-    last = horizon_steps(run.at(budget), train_flops(config.model, channels))
+    last = horizon_steps(run.at(budget), train_flops(config.model, config.out_channels))
     trained = load_trained(config.out, config.storage, world, options.ema_rate, last)
     flops = trained.meta["train_flops"]
     common = {"train_data": trained.meta["dataset_digest"], "batch_size": config.batch_size}
@@ -592,7 +571,7 @@ def measure(study: Study, run: Run, budget: float) -> None:
     evaluate.track(trained, found, options)
     spent = {
         "run": run.name,
-        "parameters": count_parameters(config.model, channels),
+        "parameters": count_parameters(config.model, config.out_channels),
         "images": trained.meta["images"],
         "flops": flops,
         "budget": budget,
@@ -657,12 +636,10 @@ def load_points(study: Study) -> "dict[str, list[ComputePoint]]":
     """What is measured of the study's own runs as it says, by metric."""
     from pipeline.scaling import ComputePoint
 
-    there = set(study.store.list("points/"))
     found: dict[str, list[ComputePoint]] = {}
-    for name in (run.point(budget) for run in study.runs for budget in run.budgets):
-        content = json.loads(study.store.read(name)) if name in there else None
-        if content and content["evaluate"] == list(study.evaluate):
-            for point in content["points"]:
+    for run in study.runs:
+        for budget in run.budgets:
+            for point in (_point(study, run, budget) or {"points": []})["points"]:
                 found.setdefault(point["name"], []).append(ComputePoint(**point))
     return found
 

@@ -1,4 +1,4 @@
-"""Measurements made of blocks: the same on any number of ranks, and going on where they were killed."""
+"""Measurements in blocks: independent of the number of ranks, and resumable after a crash."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ from tqdm import tqdm
 from pipeline.storage import Store
 from pipeline.world import World
 
-SAVE_S = 20.0  # seconds between writes of what has been found
+SAVE_S = 20.0  # seconds between saves of the results
 
 Block = dict[str, Tensor]  # on the CPU
 
 
 class Blocks:
-    """What has been found so far, block by block in their order: on rank 0, and in files of the run's store.
+    """The blocks computed so far, in order: on rank 0, and in files in the run's store.
 
-    A block is a function of its number, so every world finds the same ones. `identity` is all that they depend on: it
-    names the files, and who comes again with the same one goes on behind the blocks that are there.
+    A block is a function of its number, so a world of any size computes the same blocks. `identity` is everything that
+    they depend on: it names the files, so a later process with the same identity continues after the stored blocks.
     """
 
     def __init__(self, world: World, store: Store | None, kind: str, identity: object) -> None:
@@ -31,7 +31,7 @@ class Blocks:
         text = json.dumps(identity, sort_keys=True, default=str)
         self.prefix = f"evaluation/{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}-"
         self.found: list[Block] = []
-        """On rank 0; the others have none."""
+        """Filled on rank 0 only."""
         world.on_rank0(self._load)
         self.kept = len(self.found)
 
@@ -42,9 +42,9 @@ class Blocks:
         enough: Callable[[list[Block]], bool] = lambda _: False,
         progress: str | None = None,
     ) -> None:
-        """Find blocks, one a rank at a time, until there are `count` or rank 0 says that it has `enough`.
+        """Compute blocks, one per rank at a time, until there are `count` or rank 0 has `enough`.
 
-        `measure(i)` finds block i. `progress`: what to call it before a bar.
+        `measure(i)` computes block i. `progress` is the label of a progress bar; None shows no bar.
         """
         world, saved = self.world, time.monotonic()
         with tqdm(
@@ -63,13 +63,13 @@ class Blocks:
                 number = first + world.rank
                 work: Callable[[], Block | None] = partial(measure, number) if number < count else lambda: None
                 for block in world.to_rank0(work):
-                    # In a larger world, too, what comes after the last one needed is dropped.
+                    # Drop surplus blocks, so that the result does not depend on the number of ranks.
                     if block and not enough(self.found):
                         self.found.append(block)
         world.on_rank0(self._save)
 
     def delete(self) -> None:
-        """From the store."""
+        """Delete the blocks from the store."""
         if self.store:
             for name in self.store.list(self.prefix):
                 self.store.delete(name)
@@ -77,13 +77,13 @@ class Blocks:
     def _save(self) -> None:
         if self.store and self.kept < len(self.found):
             new = enumerate(self.found[self.kept :], self.kept)
-            # safetensors wants each tensor in memory of its own.
+            # safetensors requires that tensors share no memory.
             tensors = {f"{i}.{name}": tensor.contiguous().clone() for i, block in new for name, tensor in block.items()}
             self.store.write(f"{self.prefix}{self.kept:08d}.safetensors", save(tensors))
             self.kept = len(self.found)
 
     def _load(self) -> None:
-        """Find the blocks that are there, up to the first that is not."""
+        """Load the stored blocks up to the first missing one."""
         if not self.store:
             return
         blocks: dict[int, Block] = {}
@@ -91,7 +91,7 @@ class Blocks:
             try:
                 tensors = load(self.store.read(file))
             except (FileNotFoundError, SafetensorError):
-                continue  # found anew
+                continue  # its blocks are computed again
             for key, tensor in tensors.items():
                 number, _, name = key.partition(".")
                 blocks.setdefault(int(number), {})[name] = tensor

@@ -88,11 +88,9 @@ class LaunchConfig:
     """Where to compute; 'auto' takes a GPU where there is one."""
     compile: bool = False
     """Fuse normalisation and activation by torch.compile, half a minute's work at the first step: for long runs."""
-    checkpoint_activations: bool = False
-    """Training computes activations anew in the backward pass: much less memory, for about a third more time."""
 
     def __post_init__(self) -> None:
-        _positive(self, "", "timeout_s", "min_workers", *(["workers"] if self.workers is not None else []))
+        _positive(self, "", "timeout_s", "min_workers", "workers")
 
 
 @dataclass(frozen=True)
@@ -122,6 +120,8 @@ class TrainConfig:
     """Distribution of the training timesteps; loss-second-moment is the importance sampler for L_vlb (IDDPM eq. 18)."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Arithmetic of the network: bf16 is autocast over fp32 weights; fp64 is for testing."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass: much less memory, about a third more time."""
     log_every: int = 50
     """Steps between log lines."""
     checkpoint_every: int = 500
@@ -151,10 +151,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         parse_horizon(self.horizon)
-        _positive(self, "", "batch_size", "lr", "log_every", "checkpoint_every", "keep_last", "sample_count")
-        _positive(self, "", "eval_images")
+        _positive(
+            self, "", "batch_size", "microbatch", "lr", "log_every", "checkpoint_every", "keep_last", "keep_every"
+        )
+        _positive(self, "", "sample_count", "eval_images")
         check_metrics(self.eval_metrics, "--eval-metrics")
-        _positive(self, "", *(name for name in ("microbatch", "keep_every") if getattr(self, name) is not None))
         for name in ("weight_decay", "warmup_steps", "sample_every", "eval_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{_flag(name)}: got {getattr(self, name)}, expected 0 or more")
@@ -167,6 +168,11 @@ class TrainConfig:
                 f"--sample-steps: got {self.sample_steps}, expected 1 to --diffusion.timesteps"
                 f" = {self.diffusion.timesteps}"
             )
+
+    @property
+    def out_channels(self) -> int:
+        """Channels that the network puts out: a mean and, where it is learned, a variance."""
+        return self.diffusion.out_channels(self.model.in_channels)
 
 
 def parse_horizon(text: str) -> tuple[float, str]:
@@ -193,6 +199,17 @@ def horizon_steps(config: TrainConfig, train_flops_per_image: int) -> int:
         "flops": config.batch_size * train_flops_per_image,
     }[unit]
     return math.ceil(amount / per_step)
+
+
+METRICS = ("nll", "fid", "is", "kid", "precision", "recall")
+
+
+def check_metrics(text: str, flag: str) -> set[str]:
+    """The names in a list with commas; ValueError for one that is not in METRICS."""
+    names = {name.strip() for name in text.split(",") if name.strip()}
+    if not names or names - set(METRICS):
+        raise ValueError(f"{flag}: got {text!r}, expected some of {', '.join(METRICS)}, with commas")
+    return names
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -271,7 +288,7 @@ def _flag(name: str) -> str:
 def _positive(config: object, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             flag = _flag(f"{prefix}.{name}" if prefix else name)
             raise ValueError(f"--{flag}: got {value}, expected a positive number")
 
@@ -282,7 +299,16 @@ def _positive(config: object, prefix: str, *names: str) -> None:
 # what must not be recorded.
 _UNRECORDED = ("storage", "launch", "tracking")
 _MAY_CHANGE = {
-    *("out", "horizon", "microbatch", "log_every", "checkpoint_every", "keep_last", "keep_every"),
+    *(
+        "out",
+        "horizon",
+        "microbatch",
+        "checkpoint_activations",
+        "log_every",
+        "checkpoint_every",
+        "keep_last",
+        "keep_every",
+    ),
     *("sample_every", "sample_count", "sample_steps", "eval_every", "eval_metrics", "eval_images"),
     *("data.url", "data.workers", "data.cache_dir", "data.cache_gb"),
 }
@@ -308,17 +334,6 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-METRICS = ("nll", "fid", "is", "kid", "precision", "recall")
-
-
-def check_metrics(text: str, flag: str) -> set[str]:
-    """The names in a list with commas; ValueError for one that is not in METRICS."""
-    names = {name.strip() for name in text.split(",") if name.strip()}
-    if not names or names - set(METRICS):
-        raise ValueError(f"{flag}: got {text!r}, expected some of {', '.join(METRICS)}, with commas")
-    return names
 
 
 def check_same_run(recorded: dict[str, Any], config: TrainConfig) -> None:

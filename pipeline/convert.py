@@ -27,7 +27,7 @@ def convert(path: str, config: TrainConfig) -> None:
 
     ValueError where they are not that model's, or the run has a checkpoint.
     """
-    weights = load_published(path, config.model, config.diffusion.out_channels(config.model.in_channels))
+    weights = load_published(path, config.model, config.out_channels)
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     run = Store(config.out, config.storage)
     run.check(write=True, once=True)

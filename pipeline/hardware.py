@@ -1,12 +1,14 @@
-"""What this machine can do, and what a run needs of it."""
+"""Peak speed of this machine, and the memory that a run needs."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
+from iddpm.flops import count_parameters, forward_flops
 from iddpm.unet import UNet
 from pipeline.config import TrainConfig
 
@@ -14,8 +16,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product or 3x3 convolution in this precision, whichever is the faster here (libraries
-    differ in what they do well): the limit that utilisation refers to.
+    """Measure the peak FLOP/s in this precision, relative to which utilisation is given: that of a large matrix product
+    or a 3x3 convolution, whichever is faster here (libraries differ).
     """
     gpu = device.type == "cuda"
     n, (images, channels, size) = (8192, (16, 512, 64)) if gpu else (1024, (8, 128, 32))
@@ -31,9 +33,9 @@ def peak_flops(device: torch.device, precision: str) -> float:
     ]
     best = 0.0
     for flops, work in works:
-        work()  # loads and plans
+        work()  # warm-up
         _synchronize(device)
-        end = time.perf_counter() + 0.3  # clocks take their time to rise
+        end = time.perf_counter() + 0.3  # clocks take time to ramp up
         while (start := time.perf_counter()) < end:
             work()
             _synchronize(device)
@@ -42,11 +44,11 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def memory_bytes(config: TrainConfig, share: int) -> dict[str, int]:
-    """Bytes that training needs on one rank, by purpose, for forward passes of `share` images. An estimate: without
-    the allocator's fragments, convolution workspaces and DDP's buckets.
+    """Estimate the bytes that training needs on one rank, by purpose, for forward passes of `share` images. Excludes
+    allocator fragmentation, convolution workspaces and DDP's buckets.
     """
     with torch.device("meta"):
-        model = UNet(config.model, config.diffusion.out_channels(config.model.in_channels))
+        model = UNet(config.model, config.out_channels)
         model.to(DTYPES[config.precision])
         if config.launch.compile:
             model.fuse()
@@ -62,7 +64,7 @@ def memory_bytes(config: TrainConfig, share: int) -> dict[str, int]:
 
         image = torch.empty(1, config.model.in_channels, config.model.image_size, config.model.image_size)
         label = torch.empty(1, dtype=torch.int64) if config.model.num_classes is not None else None
-        stages: list[list[int]] = []  # of each stage: bytes of its input, and of all that was saved before it
+        stages: list[list[int]] = []  # per stage: bytes of its input, and of all tensors saved before it
 
         def enter(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             stages.append([inputs[0].nbytes, sum(sizes.values())])
@@ -70,10 +72,10 @@ def memory_bytes(config: TrainConfig, share: int) -> dict[str, int]:
         for stage in (*model.input_blocks, model.middle_block, *model.output_blocks):
             stage.register_forward_pre_hook(enter)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with hooks, torch.compiler.set_stance("force_eager"):  # what is fused saves little, compiled or not
+        with hooks, torch.compiler.set_stance("force_eager"):  # the fused parts save the same tensors in eager mode
             output = model(image, torch.empty(1), label)
         activations = sum(sizes.values())
-        if config.launch.checkpoint_activations:  # all inputs, and one stage at a time
+        if config.checkpoint_activations:  # all inputs, and one stage at a time
             saved = [before for _, before in stages] + [activations]
             activations = sum(size for size, _ in stages) + max(b - a for a, b in pairwise(saved))
         del output
@@ -84,6 +86,31 @@ def memory_bytes(config: TrainConfig, share: int) -> dict[str, int]:
         "EMA": len(config.ema_rates) * weights,
         "activations": activations * share,
     }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run's network costs, counted on the meta device."""
+
+    parameters: int
+    forward: int
+    """FLOPs of one image's forward pass."""
+    memory: dict[str, int]
+    """Estimated bytes on one rank, by purpose."""
+    share: int
+    """Images in the forward passes that the memory is for."""
+
+    @property
+    def train(self) -> int:
+        """FLOPs of one image's training step, as `train_flops` has them."""
+        return 3 * self.forward
+
+
+def count(config: TrainConfig) -> Cost:
+    share = min(config.microbatch or config.batch_size, config.batch_size)
+    parameters = count_parameters(config.model, config.out_channels)
+    forward = forward_flops(config.model, config.out_channels)
+    return Cost(parameters, forward, memory_bytes(config, share), share)
 
 
 def device_name(device: torch.device) -> str:

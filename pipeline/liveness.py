@@ -1,8 +1,8 @@
-"""Which rank died or hangs: signs of life over TCP, apart from every collective.
+"""Heartbeats over TCP, separate from the collectives, that tell which rank died or hangs.
 
-A collective that fails says that *some* peer is gone; one on a GPU says nothing for a long time. So a thread
-of each rank tells rank 0 twice a second that it lives, and at which step; rank 0 judges, and its answers tell
-all the others whom it found. Standard library only: a torch TCPStore blocks for ever on a stopped server.
+A failed collective says only that *some* peer is gone; on a GPU it says nothing for a long time. So a thread in each
+rank reports its step to rank 0 twice a second; rank 0 decides which rank failed, and tells the others in its replies.
+Standard library only: a torch TCPStore blocks forever on a stopped server.
 """
 
 import json
@@ -15,31 +15,31 @@ import time
 from typing import Any
 
 BEAT_S = 0.5
-"""Between a rank's signs of life."""
+"""Seconds between a rank's heartbeats."""
 MISSED_BEATS = 5
-"""So many make a rank silent, once a collective has failed; before that only the time-out does."""
+"""Missed heartbeats after which a rank counts as silent once a collective has failed; before, the timeout applies."""
 STUCK_S = 10.0
-"""After a failure is known, for the training thread to notice it; then the process is ended."""
+"""Seconds that the training thread has to notice a known failure before the process is terminated."""
 LEAVING_S = 60.0
-"""The same for a training thread that has noticed, and is closing what it has open."""
+"""Seconds that a training thread that has noticed it has to shut down."""
 
 CONFESSED = " failed: "
-"""In a failure that its rank reported itself."""
+"""Marks a failure that the rank reported itself."""
 
 
 class Liveness:
-    """One rank's part in it. `failure` is the first failure that any rank found, or None."""
+    """One rank's heartbeat thread. `failure` is the first failure that any rank found, or None."""
 
     def __init__(self, rank: int, size: int, timeout_s: float, link: socket.socket) -> None:
-        """`link` listens on rank 0 (see `listen`), and is connected to that on the others."""
+        """`link` is the listening socket on rank 0 (see `listen`) and a connection to it on the other ranks."""
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self.step = 0
         """The step this rank is at, set by the training thread."""
         self.failure: str | None = None
         self._own_error: str | None = None
-        self._blocked = False  # a collective failed here, and we do not know why
+        self._blocked = False  # a collective failed here for an unknown reason
         self.leaving = False
-        """Set by the training thread once it has noticed a failure, and closes what it has open."""
+        """Set by the training thread once it has noticed a failure and is shutting down."""
         self._found_at = 0.0
         self._heard_at = time.monotonic()  # from rank 0
         self._wake, self._closed = threading.Event(), threading.Event()
@@ -50,7 +50,7 @@ class Liveness:
     # ------------------------------------------------------------------- for the training thread
 
     def blame(self) -> str | None:
-        """After a failed collective: the failure behind it, or None where all ranks are well and in step."""
+        """Return the failure behind a failed collective, or None if all ranks are alive and in step."""
         self.leaving = self._blocked = True
         self._wake.set()
         deadline = time.monotonic() + 3 * MISSED_BEATS * BEAT_S
@@ -62,7 +62,7 @@ class Liveness:
         return self.failure
 
     def confess(self, reason: str) -> bool:
-        """Tell the others that this rank fails, and why. Whether it was the first to fail."""
+        """Tell the others that this rank failed and why; return whether it was the first to fail."""
         self.leaving = True
         self._own_error = f"rank {self.rank}{CONFESSED}{reason}"
         self._wake.set()
@@ -73,31 +73,31 @@ class Liveness:
         return self.failure in (None, self._own_error)
 
     def close(self) -> None:
-        """From now on ranks may leave. Every rank must have come here: a barrier goes before it."""
+        """Stop watching, so that ranks may exit. Call it after a barrier: every rank must have reached it."""
         self._closed.set()
         self._wake.set()
         self._thread.join(MISSED_BEATS * BEAT_S)
 
     def _let_others_hear(self) -> None:
         if self.rank == 0:
-            time.sleep(3 * BEAT_S)  # they ask once a beat, and nobody could tell them after us
+            time.sleep(3 * BEAT_S)  # they ask once per beat, and nobody else can tell them
 
-    # ----------------------------------------------------------------------------- the own thread
+    # -------------------------------------------------------------------------- heartbeat thread
 
     def _found(self, failure: str) -> None:
         if not self.failure:
             self._found_at, self.failure = time.monotonic(), failure
 
     def _enforce(self) -> None:
-        """End the process where its training thread does not: it may be waiting for a dead peer on a GPU."""
+        """Terminate the process if its training thread does not, since it may wait on a GPU for a dead peer."""
         patience = LEAVING_S if self.leaving else STUCK_S
         if self.failure and time.monotonic() - self._found_at > patience and not self._closed.is_set():
-            message = f"rank {self.rank}: error: {self.failure}; this rank is blocked by that and ends"
+            message = f"rank {self.rank}: error: {self.failure}; this rank is stuck waiting for it and exits"
             print(message, file=sys.stderr, flush=True)
             os._exit(1)
 
     def _call(self, link: socket.socket) -> None:
-        """Ranks 1 and up: tell rank 0, hear its verdict."""
+        """On ranks 1 and up: report to rank 0 and receive its verdict."""
         link.settimeout(self.timeout_s)
         try:
             with link, link.makefile("r") as answers:
@@ -119,7 +119,7 @@ class Liveness:
             self._enforce()
 
     def _judge(self, listener: socket.socket) -> None:
-        """Rank 0: hear the others, tell them of the first failure."""
+        """On rank 0: receive heartbeats and reply with the first failure."""
         now = time.monotonic()
         peers = {rank: Peer(heard_at=now) for rank in range(self.size)}
         with selectors.DefaultSelector() as selector, listener:
@@ -139,7 +139,7 @@ class Liveness:
                 key.fileobj.close()  # type: ignore[union-attr]
 
     def _hear(self, link: socket.socket, line: "Line", peers: "dict[int, Peer]") -> bool:
-        """Read a sign of life and answer it; whether the connection goes on."""
+        """Read and answer a heartbeat; return whether to keep the connection."""
         try:
             data = link.recv(4096)
             line.text += data
@@ -155,7 +155,7 @@ class Liveness:
                 link.sendall(json.dumps({"failure": self.failure}).encode() + b"\n")
                 return True
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # broken, or not one of ours
+            pass  # broken, or not from a rank
         if line.rank and not self._closed.is_set():
             self._found(f"rank {line.rank} died")
         return False
@@ -170,7 +170,7 @@ class Liveness:
             return f"rank {min(silent, key=lambda rank: peers[rank].heard_at)} stopped responding"
         ahead = max(peer.step for peer in peers.values())
         for rank, peer in sorted(peers.items(), key=lambda item: item[1].step):
-            # A rank that reports a failed collective is at least not hanging.
+            # A rank that reports a failed collective is not hanging.
             if peer.step == ahead or peer.blocked_at:
                 peer.behind_at = None
             elif peer.behind_at is None:
@@ -181,13 +181,13 @@ class Liveness:
 
 
 class Peer:
-    """What rank 0 knows of a rank."""
+    """What rank 0 knows about a rank."""
 
     def __init__(self, heard_at: float) -> None:
         self.heard_at = heard_at
         self.step = 0
         self.behind_at: float | None = None
-        """Since when another rank has been at a later step, and this one at the same."""
+        """When another rank moved ahead while this one stayed at its step."""
         self.blocked_at: float | None = None
 
     def hear(self, step: int, blocked: bool) -> None:
@@ -199,7 +199,7 @@ class Peer:
 
 
 class Line:
-    """What has arrived of a line, and from whom."""
+    """A partially received line and the rank it comes from."""
 
     def __init__(self) -> None:
         self.text = b""
@@ -207,5 +207,5 @@ class Line:
 
 
 def listen(everywhere: bool) -> socket.socket:
-    """Rank 0's socket, on a free port of this machine's network, or of the loopback alone."""
+    """Open rank 0's socket on a free port, on all interfaces or only on loopback."""
     return socket.create_server(("" if everywhere else "127.0.0.1", 0), backlog=1024)

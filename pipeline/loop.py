@@ -59,7 +59,7 @@ class TrainState:
         """This rank's share of the digest of the sample ids that each epoch has consumed."""
         self.diffusion = Diffusion(config.diffusion, device=world.device)
         self.model = build_model(config).to(world.device)
-        self.model.checkpoint_activations = config.launch.checkpoint_activations
+        self.model.checkpoint_activations = config.checkpoint_activations
         self.model.fuse(config.launch.compile)
         self.params = dict(self.model.named_parameters())
         # What is differentiated: DDP averages the gradients over the ranks.
@@ -83,7 +83,7 @@ class TrainState:
             }
         self.sampler = make_sampler(config.timestep_sampler, config.diffusion.timesteps, world.device)
         self.metrics = Metrics(world.device)
-        self.flops_per_image = train_flops(config.model, config.diffusion.out_channels(config.model.in_channels))
+        self.flops_per_image = train_flops(config.model, config.out_channels)
 
     @property
     def images(self) -> int:

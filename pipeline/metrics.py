@@ -1,7 +1,7 @@
-"""How near drawn images are to real ones: FID and its kin, over the features of a network.
+"""Image metrics: FID, IS, KID, precision and recall of generated images, from the features of a network.
 
-Values equal torch-fidelity's on the same features. With features other than Inception's a metric has another name:
-`fd_digits` is a Fréchet distance, but no FID.
+Values equal torch-fidelity's on the same features. With features other than Inception's, a metric gets another name:
+`fd_digits` is a Fréchet distance, but not FID.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from pipeline.data import Cache, Reader, ShardIndex, stream
 from pipeline.storage import StorageConfig, StorageError, Store, locate, mask
 from pipeline.world import World
 
-NEAR = {"kid", "precision", "recall"}  # those that compare with real images, of which moments do not tell enough
-INCEPTION = "inception-v3-compat"  # torch-fidelity's name of the network of 2015-12-05, bit-exact with TensorFlow's
+NEAR = {"kid", "precision", "recall"}  # compare with real images themselves; their moments are not enough
+INCEPTION = "inception-v3-compat"  # torch-fidelity's name for the 2015-12-05 network, bit-exact with TensorFlow's
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
-INCEPTION_SHA256 = "6726825d"  # its first digits, as in the file's name
-KID_SUBSET = 1000  # images, or as many as there are
-CACHE = "evaluation"  # folder beside the shards
+INCEPTION_SHA256 = "6726825d"  # first digits, as in the file's name
+KID_SUBSET = 1000  # images, or all if there are fewer
+CACHE = "evaluation"  # folder next to the shards
 
 Batches = Iterable[Tensor]  # of uint8 [n, C, H, W]
 
@@ -44,38 +44,38 @@ Batches = Iterable[Tensor]  # of uint8 [n, C, H, W]
 
 @dataclass(frozen=True)
 class Features:
-    """A network that sees images as vectors."""
+    """A network that maps images to feature vectors."""
 
     name: str
-    """"inception", or what the names of metrics end in."""
+    """"inception", or the suffix of the metrics' names."""
     digest: str
-    """Of its layers and weights."""
+    """Hash of the layers and weights."""
     network: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """uint8 [n, C, H, W] -> features [n, D] and logits [n, K] (K = 0 where it is no classifier)."""
+    """uint8 [n, C, H, W] -> features [n, D] and logits [n, K] (K = 0 if it is not a classifier)."""
     device: torch.device
-    """Where it computes."""
+    """Device that the network runs on."""
 
     def metric(self, name: str) -> str:
-        """What a metric over these features is called."""
+        """Return the name of a metric over these features."""
         if self.name == "inception":
             return name
         return {"fid": "fd", "kid": "kd"}.get(name, name) + f"_{self.name}"
 
     @torch.no_grad()
     def see(self, images: Tensor) -> Block:
-        """The float32 `features` and `logits` of uint8 images [n, C, H, W], on the CPU."""
+        """Compute float32 `features` and `logits` of uint8 images [n, C, H, W]; both are on the CPU."""
         features, logits = self.network(images.to(self.device))
         return {"features": features.float().cpu(), "logits": logits.float().cpu()}
 
 
 def inception_features(weights: str | None, download: bool, storage: StorageConfig, device: torch.device) -> Features:
-    """The Inception network of 2015-12-05, from a path, a URL, torch's own cache or, if allowed, its publisher.
+    """Load the 2015-12-05 Inception network from a path, a URL, torch's cache or, if allowed, its publisher.
 
-    ValueError where the weights are not to be had or are not those.
+    Raises ValueError if the weights are unavailable or are not the expected ones.
     """
     path = _inception_path(weights, download, storage)
     _check_inception(str(path), path.read_bytes())
-    torch.load(path, weights_only=True)  # torch-fidelity itself would run code in it
+    torch.load(path, weights_only=True)  # torch-fidelity itself would run code in the file
     return torch_fidelity_features(INCEPTION, path, device)
 
 
@@ -94,27 +94,27 @@ def _inception_path(weights: str | None, download: bool, storage: StorageConfig)
     if weights and not weights.startswith("http"):
         store, name = locate(weights, storage)
         data = store.read(name)
-        _check_inception(mask(weights), data)  # before it is where others would take it from
-        Store(cached.parent).write(cached.name, data)  # whole at once: other ranks may be reading it
+        _check_inception(mask(weights), data)  # before it enters the shared cache
+        Store(cached.parent).write(cached.name, data)  # atomic: other ranks may be reading it
     elif weights or (download and not cached.exists()):
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(weights or INCEPTION_URL, str(cached), INCEPTION_SHA256)
         except (URLError, OSError, RuntimeError) as error:
             raise ValueError(
-                f"the Inception weights cannot be downloaded here ({error}). Fetch {INCEPTION_URL} elsewhere and give"
-                " its path by --inception, or use --features trained"
+                f"the Inception weights cannot be downloaded here ({error}). Fetch {INCEPTION_URL} elsewhere and pass"
+                " its path with --inception, or use --features trained"
             ) from error
     if not cached.exists():
         raise ValueError(
-            "FID and its kin need the Inception weights of 2015-12-05: give --inception PATH_OR_URL, allow --download,"
-            f" put {cached.name} into {cached.parent}, or take a network trained on the data itself: --features trained"
+            "Image metrics need the Inception weights of 2015-12-05: pass --inception PATH_OR_URL, allow --download,"
+            f" put {cached.name} into {cached.parent}, or use a network trained on the data itself: --features trained"
         )
     return cached
 
 
 def torch_fidelity_features(name: str, weights: Path | None, device: torch.device) -> Features:
-    """One of torch-fidelity's networks: its published name. Without `weights` it downloads what it needs."""
+    """Load one of torch-fidelity's networks by its registered name; without `weights`, downloads them."""
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
     if name not in FEATURE_EXTRACTORS_REGISTRY:
@@ -139,7 +139,7 @@ def torch_fidelity_features(name: str, weights: Path | None, device: torch.devic
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier of images; its last hidden layer are the features."""
+    """A small convolutional image classifier; its last hidden layer provides the features."""
 
     def __init__(self, channels: int, classes: int, width: int = 64) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Classifier(nn.Module):
             nn.Flatten(),
             nn.Linear(256, width),
             nn.ReLU(),
-            nn.LayerNorm(width, elementwise_affine=False),  # KID's kernel wants coordinates of about 1
+            nn.LayerNorm(width, elementwise_affine=False),  # KID's kernel needs coordinates of about 1
         )
         self.out = nn.Linear(width, classes)
 
@@ -164,12 +164,12 @@ class Classifier(nn.Module):
 
 
 def trained_features(data: Store, index: ShardIndex, world: World, steps: int = 500) -> Features:
-    """A classifier of the dataset's own labels, trained on the spot, the same each time, and kept beside the shards.
+    """Train a classifier on the dataset's own labels, deterministically, and cache its weights next to the shards.
 
-    For data far from photographs, and machines without Inception's weights. ValueError where there are no classes.
+    For data unlike photographs, and machines without the Inception weights. Raises ValueError without class labels.
     """
     if index.num_classes < 2:
-        raise ValueError("--features trained: learns to tell the data's classes apart, and there are none")
+        raise ValueError("--features trained: needs class labels; this dataset has none")
     network = Classifier(index.shape[0], index.num_classes)
     recipe = hashlib.sha256(f"{network}{steps}".encode()).hexdigest()[:8]
     name = f"{CACHE}/features-{index.digest}-{recipe}.safetensors"
@@ -187,7 +187,7 @@ def trained_features(data: Store, index: ShardIndex, world: World, steps: int = 
 
 def _train_classifier(data: Store, index: ShardIndex, steps: int) -> Classifier:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # float32's last bits depend on it
+    torch.set_num_threads(1)  # the last bits of float32 results depend on it
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -207,22 +207,22 @@ def _train_classifier(data: Store, index: ShardIndex, steps: int) -> Classifier:
 
 
 def _keep(store: Store, name: str, data: bytes) -> bytes:
-    """Put it into the store, unless another process has; what is there then. A store that is read-only is no error."""
+    """Store `data` unless another process has; return what is stored. A read-only store only causes a warning."""
     try:
         return data if store.create(name, data) else store.read(name)
     except StorageError as error:
-        warnings.warn(f"{name} is not kept: {error}", stacklevel=2)
+        warnings.warn(f"{name} is not cached: {error}", stacklevel=2)
         return data
 
 
 def short_name(index: ShardIndex) -> str:
-    """Of a dataset, for names of metrics: the last word of its source's name before any remark."""
+    """Return a dataset's suffix for metric names: the last word of its source's name before any remark."""
     words = re.findall(r"[a-z0-9]+", index.source.partition("(")[0].lower())
     return words[-1] if words else "data"
 
 
 def _digest(network: nn.Module) -> str:
-    """Of the layers, some of which have no weights, and of the weights."""
+    """Hash the weights, and the layers, since some have no weights."""
     digest, state = hashlib.sha256(repr(network).encode()), network.state_dict()
     for name in sorted(state):
         digest.update(name.encode() + state[name].cpu().contiguous().numpy().tobytes())
@@ -234,7 +234,7 @@ def _digest(network: nn.Module) -> str:
 
 @dataclass
 class Moments:
-    """Mean and covariance of vectors that come in batches, in float64."""
+    """Mean and covariance of vectors accumulated in batches, in float64."""
 
     count: Tensor
     total: Tensor  # [D]
@@ -246,7 +246,7 @@ class Moments:
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def add(self, features: Tensor) -> None:
-        """[n, D]"""
+        """Add a batch of vectors [n, D]."""
         x = features.to(self.total)
         self.count += len(x)
         self.total += x.sum(0)
@@ -257,7 +257,7 @@ class Moments:
             world.sum_(tensor)
 
     def mean_covariance(self) -> tuple[np.ndarray, np.ndarray]:
-        """float64 [D] and [D, D], the unbiased estimate; ValueError from fewer than two vectors."""
+        """Return the mean [D] and unbiased covariance [D, D], float64; raises ValueError for fewer than two vectors."""
         n = float(self.count)
         if n < 2:
             raise ValueError(f"moments: got {n:.0f} images, expected 2 or more")
@@ -267,7 +267,7 @@ class Moments:
 
 
 def moments_of(batches: Batches, features: Features, world: World) -> Moments:
-    """Of the features of all ranks' images, on every rank."""
+    """Return, on every rank, the feature moments over all ranks' images."""
     moments: Moments | None = None
 
     def own() -> int:
@@ -285,10 +285,10 @@ def moments_of(batches: Batches, features: Features, world: World) -> Moments:
 
 
 def frechet_distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
-    """Between two Gaussians, each (mean [D], covariance [D, D]): FID, over Inception's features (Heusel et al. 2017).
+    """Fréchet distance of two Gaussians (mean [D], covariance [D, D]); FID on Inception features (Heusel et al. 2017).
 
-    The trace of the root of a product of covariances A B is that of the symmetric sqrt(A) B sqrt(A), whose
-    eigenvalues are found without complex rounding errors.
+    The trace of sqrt(A B) equals that of the root of the symmetric sqrt(A) B sqrt(A), whose eigenvalues have no
+    complex rounding errors.
     """
     (mean_a, cov_a), (mean_b, cov_b) = ((torch.from_numpy(np.asarray(x, np.float64)) for x in pair) for pair in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
@@ -302,17 +302,17 @@ def frechet_distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.n
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images."""
+    """Real images to compare with."""
 
     digest: str
-    """For the passport."""
+    """Identifies the images in a passport."""
     moments: tuple[np.ndarray, np.ndarray]
     images: Callable[[int], Batches] | None
-    """So many of them; None where only moments are known."""
+    """images(n) yields n of them; None if only moments are known."""
 
 
 def dataset_reference(data: Store, index: ShardIndex, features: Features, world: World, cache: Cache) -> Reference:
-    """All images of a split. Their moments are kept beside the shards, under the digests of data and network."""
+    """Use all images of a split. Their moments are cached next to the shards by the digests of data and network."""
     name = f"{CACHE}/{index.split}-{index.digest}-{features.digest}.npz"
 
     def kept() -> tuple[np.ndarray, np.ndarray] | None:
@@ -330,7 +330,7 @@ def dataset_reference(data: Store, index: ShardIndex, features: Features, world:
 
 
 def spread_images(data: Store, index: ShardIndex, cache: Cache, n: int) -> Iterator[Tensor]:
-    """So many images of a split, or all, evenly spread over it: shards may be in any order. Batches as `Batches`."""
+    """Yield `Batches` of up to n images, evenly spread over a split because shards may be in any order."""
     count = min(n, index.num_samples)
     return _images(data, index, cache, np.arange(count) * index.num_samples // count)
 
@@ -344,9 +344,9 @@ def _images(data: Store, index: ShardIndex, cache: Cache, ids: np.ndarray, batch
 def npz_reference(
     url: str, storage: StorageConfig, features: Features, world: World, batch_size: int = 256
 ) -> Reference:
-    """A reference batch of the guided-diffusion evaluator: arr_0 (uint8 [N, H, W, C]), or mu and sigma, or both.
+    """Load a reference batch of the guided-diffusion evaluator: arr_0 (uint8 [N, H, W, C]), mu and sigma, or both.
 
-    `url` is a path or URL. mu and sigma hold for Inception's features alone.
+    `url` is a path or URL. mu and sigma only apply to Inception features.
     """
     store, name = locate(url, storage)
     with store.open(name) as file:
@@ -355,7 +355,7 @@ def npz_reference(
         with np.load(file, allow_pickle=False) as npz:
             names = set(npz.files)
             if not names & {"arr_0", "mu"}:
-                raise ValueError(f"--reference {mask(url)}: holds {sorted(names)}, expected arr_0, or mu and sigma")
+                raise ValueError(f"--reference {mask(url)}: got {sorted(names)}, expected arr_0, or mu and sigma")
             if "mu" in names and features.name == "inception":
                 moments = npz["mu"], npz["sigma"]
             elif "arr_0" not in names:
@@ -378,7 +378,7 @@ def npz_reference(
 
 
 def moments_npz(mean: np.ndarray, covariance: np.ndarray) -> bytes:
-    """As the guided-diffusion evaluator reads them."""
+    """Encode moments in the guided-diffusion evaluator's format."""
     buffer = io.BytesIO()
     np.savez(buffer, mu=mean, sigma=covariance)
     return buffer.getvalue()
@@ -390,9 +390,9 @@ def read_moments(data: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def npz_images(file: IO[bytes], batch_size: int, first: int = 0, every: int = 1) -> Iterator[Tensor]:
-    """Every so many batches, from the `first` on, of arr_0 (uint8 [N, H, W, C]) as uint8 [n, C, H, W].
+    """Yield batches `first`, `first` + `every`, ... of arr_0 (uint8 [N, H, W, C]) as uint8 [n, C, H, W].
 
-    The array is never in memory as a whole.
+    The whole array is never in memory.
     """
     with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as array:
         version = np.lib.format.read_magic(array)
@@ -414,9 +414,10 @@ def npz_images(file: IO[bytes], batch_size: int, first: int = 0, every: int = 1)
 def image_metrics(
     drawn: Sequence[Block], reference: Reference, features: Features, wanted: Iterable[str], k: int
 ) -> dict[str, tuple[float, dict[str, Any]]]:
-    """Of `wanted` (METRICS but nll), the value and what else its passport needs; of images as `Features.see` has them.
+    """Compute the `wanted` metrics (of METRICS, without nll) of images that `Features.see` has encoded.
 
-    k: neighbours, for precision and recall (Kynkäänniemi et al. 2019).
+    Returns each metric's value and its additional passport fields. k is the number of neighbours for precision and
+    recall (Kynkäänniemi et al. 2019).
     """
     wanted = set(wanted)
     rows, logits = (torch.cat([block[name] for block in drawn]) for name in ("features", "logits"))
@@ -433,7 +434,7 @@ def image_metrics(
         found["fid"] = frechet_distance(moments.mean_covariance(), reference.moments), {}
     real = None
     if wanted & NEAR:
-        assert reference.images, "was asked for before anything was drawn"
+        assert reference.images, "checked before sampling"
         real = torch.cat([features.see(images)["features"] for images in reference.images(len(rows))])
     return found | feature_metrics(rows, logits, real, wanted, k, features.device)
 
@@ -441,7 +442,10 @@ def image_metrics(
 def feature_metrics(
     drawn: Tensor, logits: Tensor, real: Tensor | None, wanted: set[str], k: int, device: torch.device
 ) -> dict[str, tuple[float, dict[str, Any]]]:
-    """The metrics that want more than moments, by torch-fidelity: features [N, D], logits [N, K], real [M, D]."""
+    """Compute the metrics that need more than moments with torch-fidelity.
+
+    Features are `drawn` [N, D] and `real` [M, D]; logits are [N, K].
+    """
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric

@@ -1,4 +1,4 @@
-"""Numbers that know what they are: two whose passports differ are not compared."""
+"""Measured values with a passport of everything they depend on; values with different passports are not compared."""
 
 import math
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ NORMAL_95 = 1.959964  # the normal distribution's 97.5 % quantile
 
 @dataclass(frozen=True)
 class Measured:
-    """One value of one checkpoint, and everything else that it depends on."""
+    """One measured value of a checkpoint, and everything else that it depends on."""
 
     name: str
     value: float
     step: int
-    """The checkpoint's training step: not in the passport, since checkpoints are what one compares."""
+    """The checkpoint's training step; not in the passport, because comparisons are between checkpoints."""
     passport: dict[str, Any]
     standard_error: float | None = None
-    """None where the estimator has none that is known."""
+    """None if the estimator's standard error is unknown."""
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %, by the normal distribution; nan where there is no standard error."""
+        """The 95 % interval by the normal approximation; nan without a standard error."""
         half = NORMAL_95 * (math.nan if self.standard_error is None else self.standard_error)
         return self.value - half, self.value + half
 
@@ -33,7 +33,7 @@ class Measured:
 
 
 def check_comparable(a: Measured, b: Measured) -> None:
-    """Raise ValueError, naming the fields, unless the two are the same measurement."""
+    """Raise ValueError, naming the differing fields, unless both values come from the same measurement."""
     differ = [
         f"{name}: {a.passport.get(name)} and {b.passport.get(name)}"
         for name in sorted(a.passport.keys() | b.passport.keys())

@@ -1,4 +1,4 @@
-"""The runs that have a name: `python -m pipeline.train --preset NAME`. Each may be overridden field by field."""
+"""Named training configurations for `python -m pipeline.train --preset NAME`; flags override individual fields."""
 
 import math
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 from iddpm.config import DiffusionConfig, UNetConfig
 from pipeline.config import DataConfig, TrainConfig
 
-# scikit-learn's 8x8 handwritten digits: minutes on a laptop's CPU.
+# scikit-learn's 8x8 handwritten digits; trains in minutes on a laptop CPU.
 DIGITS = TrainConfig(
     out="runs/digits",
     horizon="3000steps",
@@ -55,7 +55,7 @@ IMAGENET64_COND = replace(
     diffusion=replace(IMAGENET64.diffusion, rescale_timesteps=False),
 )
 
-# IDDPM, Table 2: CIFAR-10 with the cosine schedule (dropout 0.3; the linear schedule took 0.1).
+# IDDPM, Table 2: CIFAR-10 with the cosine schedule (dropout 0.3; the linear schedule used 0.1).
 CIFAR10 = replace(
     IMAGENET64,
     out="runs/cifar10",

@@ -136,7 +136,7 @@ def load_trained(
 def build_model(config: TrainConfig) -> UNet:
     """The network of a configuration, with the initial weights of its seed, on the CPU."""
     torch.manual_seed(stream_key(config.seed, "weights"))
-    model = UNet(config.model, config.diffusion.out_channels(config.model.in_channels))
+    model = UNet(config.model, config.out_channels)
     model.to(memory_format=torch.channels_last)  # what convolutions are fastest in; activations follow the weights
     return model.double() if config.precision == "fp64" else model
 

@@ -1,11 +1,11 @@
-"""How a measure falls with compute: power laws with an irreducible term, fitted, with intervals, or refused.
+"""Scaling laws of a metric: power laws with an irreducible term, fitted with confidence intervals, or refused.
 
     L(C)    = E + A C^-a                  over the compute frontier: the best size at each budget
     L(N, D) = E + A N^-alpha + B D^-beta  over all points (Hoffmann et al. 2022, eq. 2)
 
-C is FLOPs of training (2 per multiply-accumulate), N the number of weights, D the number of images seen. Fits minimise
-the sum of Huber's loss of log residuals, from a grid of starts (Hoffmann et al. 2022, section 3.3), and E is fitted,
-never set by hand. Intervals are a bootstrap over runs, because the checkpoints of a run are not independent.
+C is the training FLOPs (2 per multiply-accumulate), N the number of parameters, D the number of images seen. Fits
+minimise the Huber loss of the log residuals from a grid of initial values (Hoffmann et al. 2022, section 3.3); E is
+fitted, never set by hand. Intervals are bootstrapped over runs, because the checkpoints of a run are not independent.
 """
 
 import math
@@ -23,31 +23,31 @@ from pipeline.passport import Measured, check_comparable
 Array = NDArray[np.float64]
 
 DELTA = 1e-3
-"""Of Huber's loss: log residuals beyond it count linearly, so that a bad run bends nothing."""
+"""Huber threshold: larger log residuals count linearly, so that an outlier run does not distort the fit."""
 RESAMPLES = 400
 LEVEL = 0.95
 
 PAPER = {"nll": (3.40, 3.0e-15, 0.17), "fid": (4.00, 2.5e-25, 0.22)}
-"""The fits printed in IDDPM (section 6): E, k and a of E + (k C)^-a. E was set by hand, and C agrees with
-multiply-accumulates, not with FLOPs."""
+"""IDDPM's published fits (section 6): E, k and a of E + (k C)^-a. E was set by hand, and C matches
+multiply-accumulates, not FLOPs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputePoint(Measured):
-    """A value and what it cost."""
+    """A measured value and its training cost."""
 
     run: str
-    """Points of one run are not independent of each other."""
+    """Points of the same run are not independent."""
     parameters: float
     images: float
     flops: float
-    """Spent on training when it was measured."""
+    """Training FLOPs spent up to the measurement."""
     budget: float
-    """FLOPs it was meant to have: points of one budget are compared with each other."""
+    """Nominal training FLOPs; points of the same budget are compared."""
 
 
 def check_points(points: Sequence[ComputePoint]) -> None:
-    """Raise ValueError where the points cannot be compared with each other."""
+    """Raise ValueError if the points are not comparable."""
     for point in points:
         if not (point.value > 0 and math.isfinite(point.value)):
             raise ValueError(f"{point.run}: got the value {point.value}, expected a positive number")
@@ -61,7 +61,7 @@ def check_points(points: Sequence[ComputePoint]) -> None:
 
 
 NAMES = {("C",): ("E", "A", "a"), ("N", "D"): ("E", "A", "B", "alpha", "beta")}
-"""Of a law's parameters, by its inputs."""
+"""Names of a law's parameters, by its inputs."""
 
 
 @dataclass(frozen=True)
@@ -73,26 +73,31 @@ class ScalingFit:
     theta: Array
     """[1 + 2k]: log E, log A_j, alpha_j."""
     samples: Array
-    """[resamples, 1 + 2k]: the same of each bootstrap resample."""
+    """[resamples, 1 + 2k]: theta of each bootstrap resample."""
     residuals: Array
     """[n]: log measured - log fitted."""
-    runs: int
-    """Independent runs behind it."""
+    points: tuple[ComputePoint, ...]
+    """[n]: those it was fitted to."""
     undetermined: tuple[str, ...] = ()
-    """Parameters that the fit left at a bound: the points do not say what they are."""
+    """Parameters that ended at a bound of the fit: the points do not determine them."""
+
+    @property
+    def runs(self) -> int:
+        """Independent runs behind it."""
+        return len({point.run for point in self.points})
 
     def parameters(self) -> dict[str, tuple[float, float, float]]:
-        """Each parameter's value and the ends of its interval."""
+        """Return each parameter's value and the ends of its interval."""
         ends = np.stack([self.theta, *self.interval(self.theta, self.samples)])
         ends[:, : 1 + len(self.inputs)] = np.exp(ends[:, : 1 + len(self.inputs)])
         return {name: (v, low, high) for name, (v, low, high) in zip(NAMES[self.inputs], ends.T.tolist(), strict=True)}
 
     def predict(self, *x: Any) -> Array:
-        """The law at inputs [m] each."""
+        """Evaluate the law at inputs of shape [m] each."""
         return np.exp(_law(self.theta[None], _columns(x))[0][0])
 
     def band(self, *x: Any, noise: bool = False) -> tuple[Array, Array]:
-        """The interval of the law at inputs [m] each; with `noise`, that of a new measurement there."""
+        """Return the law's interval at inputs of shape [m] each; with `noise`, that of a new measurement there."""
         log_x = _columns(x)
         logs = _law(self.samples, log_x)[0]
         if noise:
@@ -101,9 +106,10 @@ class ScalingFit:
         return np.exp(low), np.exp(high)
 
     def interval(self, value: Array, samples: Array) -> tuple[Array, Array]:
-        """Ends of the interval of something [m] that has the values [resamples, m] in the bootstrap.
+        """Return the interval's ends for a `value` [m] with bootstrap `samples` [resamples, m].
 
-        Residuals are smaller than the noise, because the parameters follow it: wider around the value by as much.
+        The fitted parameters absorb part of the noise, so the residuals underestimate it; the interval is widened to
+        compensate.
         """
         wide = value + (samples - value) * math.sqrt(self.runs / max(1, self.runs - len(self.theta)))
         tail = 50 * (1 - LEVEL)
@@ -112,7 +118,7 @@ class ScalingFit:
 
 
 def fit_frontier(points: Sequence[ComputePoint], resamples: int = RESAMPLES) -> ScalingFit:
-    """L(C) over the best size at each budget. Raises ValueError for fewer than 4 budgets or 4 runs there."""
+    """Fit L(C) to the best size at each budget. Raises ValueError for fewer than 4 budgets or 4 runs there."""
     check_points(points)
     best = frontier(points)
     if len(best) < 4:
@@ -122,7 +128,7 @@ def fit_frontier(points: Sequence[ComputePoint], resamples: int = RESAMPLES) -> 
 
 
 def fit_size_data(points: Sequence[ComputePoint], resamples: int = RESAMPLES) -> ScalingFit:
-    """L(N, D) over all points. Raises ValueError for fewer than 3 sizes, 6 runs or 8 points."""
+    """Fit L(N, D) to all points. Raises ValueError for fewer than 3 sizes, 6 runs or 8 points."""
     check_points(points)
     sizes = {p.parameters for p in points}
     if len(sizes) < 3 or len(points) < 8:
@@ -140,16 +146,16 @@ def _fit(
     names = sorted({p.run for p in points})
     if len(names) < min_runs:
         raise ValueError(
-            f"{'L(C)' if len(inputs) == 1 else 'L(N, D)'}: rests on {len(names)} runs, expected {min_runs} or more;"
-            " more checkpoints of the same runs do not help, more seeds, sizes or separate budgets do"
+            f"{'L(C)' if len(inputs) == 1 else 'L(N, D)'}: got {len(names)} runs, expected {min_runs} or more; add"
+            " seeds, sizes or separate budgets (more checkpoints of the same runs do not help)"
         )
-    # Centred, so that a start fits data of any scale and the parameters are little correlated.
+    # Centre the inputs, so that the initial values suit any scale and the parameters are nearly uncorrelated.
     centre = log_x.mean(0)
     x = log_x - centre
     theta = _minimise(_starts(x, log_y), x, log_y)
     bound = np.any(np.isclose(theta, _bounds(x, log_y)), axis=0)
 
-    # The bootstrap over runs: a resample gives each run a weight (Rubin 1981), so that no size ever vanishes.
+    # Bootstrap over runs: each resample weights the runs (Rubin 1981), so that no size is ever dropped.
     rng = np.random.default_rng(0)
     weights = rng.standard_exponential((resamples, len(names)))
     weights *= len(names) / weights.sum(1, keepdims=True)
@@ -157,14 +163,14 @@ def _fit(
     samples = _resample(theta, x, log_y, weights[:, run])
     residuals = log_y - _law(theta[None], x)[0][0]
     k = len(inputs)
-    for t in (theta, samples.T):  # back from centred inputs
+    for t in (theta, samples.T):  # undo the centring
         t[1 : 1 + k] += (t[1 + k :].T * centre).T
     undetermined = tuple(name for name, at in zip(NAMES[inputs], bound, strict=True) if at)
-    return ScalingFit(inputs, theta, samples, residuals, len(names), undetermined)
+    return ScalingFit(inputs, theta, samples, residuals, tuple(points), undetermined)
 
 
 def _starts(log_x: Array, log_y: Array) -> Array:
-    """[starts, 1 + 2k]: part of the value that is irreducible, how the rest is shared out, exponents."""
+    """Return initial thetas [starts, 1 + 2k]: an irreducible part of the value, equal shares of the rest, exponents."""
     k, y = log_x.shape[1], log_y.min()
     exponents = list(product((0.15, 0.4, 0.9), repeat=k))
     return np.array(
@@ -176,7 +182,7 @@ def _starts(log_x: Array, log_y: Array) -> Array:
 
 
 def _minimise(starts: Array, log_x: Array, log_y: Array) -> Array:
-    """The best of L-BFGS from each start: theta [1 + 2k]."""
+    """Run L-BFGS from each start and return the best theta [1 + 2k]."""
     low, high = _bounds(log_x, log_y)
 
     def objective(theta: Array) -> tuple[float, Array]:
@@ -195,10 +201,10 @@ def _minimise(starts: Array, log_x: Array, log_y: Array) -> Array:
 
 
 def _resample(theta: Array, log_x: Array, log_y: Array, weights: Array, steps: int = 40) -> Array:
-    """The same minimum under each row of weights [resamples, n], all at once: theta [resamples, 1 + 2k].
+    """Minimise under each row of weights [resamples, n] in one batch; return theta [resamples, 1 + 2k].
 
-    Huber's loss is at every point below a parabola that touches it: Levenberg-Marquardt on those, from the full fit,
-    descends as L-BFGS does and, without a Python call for each resample, fifty times as fast.
+    A tangent parabola bounds the Huber loss from above at every point. Levenberg-Marquardt on those parabolas, starting
+    at the full fit, descends like L-BFGS but fifty times as fast, without a Python call per resample.
     """
     low, high = _bounds(log_x, log_y)
     thetas = np.repeat(theta[None], len(weights), 0)
@@ -223,7 +229,7 @@ def _resample(theta: Array, log_x: Array, log_y: Array, weights: Array, steps: i
 
 
 def _bounds(log_x: Array, log_y: Array) -> tuple[Array, Array]:
-    """Of theta: values that no data could tell from infinite ones."""
+    """Return bounds on theta beyond which no data could tell a value from an infinite one."""
     k = log_x.shape[1]
     y = log_y.min()
     return (
@@ -233,7 +239,7 @@ def _bounds(log_x: Array, log_y: Array) -> tuple[Array, Array]:
 
 
 def _law(thetas: Array, log_x: Array) -> tuple[Array, Array]:
-    """log y [m, n] at inputs [n, k] for thetas [m, 1 + 2k], in logsumexp's stable form, and d log y / d theta."""
+    """Return log y [m, n] at inputs [n, k] for thetas [m, 1 + 2k], by a stable logsumexp, and d log y / d theta."""
     k = log_x.shape[1]
     powers = thetas[:, None, 1 : 1 + k] - thetas[:, None, 1 + k :] * log_x
     terms = np.concatenate([np.broadcast_to(thetas[:, None, :1], (*powers.shape[:2], 1)), powers], axis=2)
@@ -260,11 +266,11 @@ class Best:
     parameters: float
     value: float
     edge: bool
-    """It is the smallest or largest size measured: a better one may lie outside."""
+    """Whether it is the smallest or largest size measured, so that a better one may lie outside."""
 
 
 def frontier(points: Sequence[ComputePoint]) -> list[Best]:
-    """For each budget the size with the smallest mean over seeds, by rising budget."""
+    """Return the size with the lowest mean over seeds at each budget, in order of budget."""
     found = []
     for budget, means in _means(points).items():
         parameters = min(means, key=lambda n: means[n])
@@ -273,7 +279,7 @@ def frontier(points: Sequence[ComputePoint]) -> list[Best]:
 
 
 def _means(points: Sequence[ComputePoint]) -> dict[float, dict[float, float]]:
-    """budget -> size -> geometric mean of the values."""
+    """Map budget -> size -> geometric mean of the values."""
     logs: dict[float, dict[float, list[float]]] = {}
     for p in sorted(points, key=lambda p: (p.budget, p.parameters)):
         logs.setdefault(p.budget, {}).setdefault(p.parameters, []).append(math.log(p.value))
@@ -287,16 +293,16 @@ class Parabola:
     budget: float
     coefficients: tuple[float, float, float]
     parameters: float | None
-    """Of its minimum; None where it has none within the sizes measured."""
+    """Size at the minimum; None if the minimum is outside the sizes measured."""
     problem: str = ""
-    """Why it has none."""
+    """Why `parameters` is None."""
 
     def __call__(self, parameters: Any) -> Any:
         return np.exp(np.polynomial.Polynomial(self.coefficients)(np.log(parameters)))
 
 
 def isoflop(points: Sequence[ComputePoint]) -> list[Parabola]:
-    """A parabola for each budget that has 3 sizes or more. One whose minimum lies outside them gives no optimum."""
+    """Fit a parabola at each budget with 3 or more sizes. A minimum outside them gives no optimum."""
     check_points(points)
     found = []
     for budget, means in _means(points).items():
@@ -318,7 +324,7 @@ def isoflop(points: Sequence[ComputePoint]) -> list[Parabola]:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The size and the number of images that L(N, D) gives a budget."""
+    """The optimal size and number of images for a budget by L(N, D)."""
 
     parameters: float
     images: float
@@ -326,18 +332,18 @@ class Optimum:
 
 
 def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: float) -> tuple[Optimum, Optimum, Optimum]:
-    """The optimum for a budget, and the lower and upper ends of each of its intervals.
+    """Return the optimum for a budget, and the lower and upper ends of its intervals.
 
-    FLOPs an image grow with N as in the points: C = k N^kappa D. So with B D^-beta as a power of N, dL/dN = 0 has
-    a closed solution. Raises ValueError where the points bracket no optimum at any budget, or leave it open.
+    FLOPs per image are fitted as a power of N, C = k N^kappa D. With B D^-beta as a power of N, dL/dN = 0 then has a
+    closed-form solution. Raises ValueError if the points bracket no optimum at any budget or do not determine it.
     """
     assert fit.inputs == ("N", "D")
     if open_ := [name for name in fit.undetermined if name != "E"]:  # the floor moves no optimum
         raise ValueError(f"compute-optimal size: the points do not determine {', '.join(open_)} of L(N, D)")
     if all(b.edge for b in frontier(points)):
         raise ValueError(
-            "compute-optimal size: at every budget the best size is the smallest or largest one measured, so the points"
-            " show no optimum; add sizes beyond that edge, or budgets at which it is inside"
+            "compute-optimal size: at every budget the best size is the smallest or largest measured, so the points"
+            " show no optimum; add sizes beyond that edge, or budgets whose best size lies inside"
         )
     log_n = np.log([p.parameters for p in points])
     kappa, log_k = np.polyfit(log_n, np.log([p.flops / p.images for p in points]), 1)
@@ -356,7 +362,7 @@ def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: floa
     if high[0] - low[0] > math.log(1e3):
         raise ValueError(
             f"compute-optimal size: its interval is {math.exp(low[0]):.2g} to {math.exp(high[0]):.2g} weights; the"
-            " points do not determine it"
+            " points do not determine it; add seeds, sizes or budgets"
         )
     return Optimum(*np.exp(best_logs).tolist()), Optimum(*np.exp(low).tolist()), Optimum(*np.exp(high).tolist())
 
@@ -366,7 +372,7 @@ def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: floa
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The largest budget's best value, predicted by a law that was fitted without that budget."""
+    """The best value at the largest budget, and its prediction by a law fitted without that budget."""
 
     budget: float
     measured: float
@@ -380,9 +386,9 @@ class HeldOut:
 
 
 def hold_out(points: Sequence[ComputePoint], law: str, resamples: int = RESAMPLES) -> HeldOut:
-    """Fit a law ("L(C)" or "L(N, D)") to all but the largest budget, and predict a measurement there.
+    """Fit a law ("L(C)" or "L(N, D)") to all but the largest budget and predict a measurement at that budget.
 
-    Raises ValueError as the fits do: what is left must be enough.
+    Raises ValueError if the remaining points are too few to fit.
     """
     last = max(p.budget for p in points)
     rest = [p for p in points if p.budget < last]
@@ -397,9 +403,9 @@ def hold_out(points: Sequence[ComputePoint], law: str, resamples: int = RESAMPLE
 
 
 def warnings(points: Sequence[ComputePoint]) -> list[str]:
-    """What a reader of the fits must know."""
+    """Return warnings about optima at the edge of, or outside, the measured sizes."""
     said = [
-        f"budget {b.budget:.2g} FLOPs: the best size, {b.parameters:,.0f} weights, is at the grid's edge; a better"
+        f"budget {b.budget:.2g} FLOPs: the best size, {b.parameters:,.0f} weights, is at the edge of the grid; a better"
         " one may lie beyond it"
         for b in frontier(points)
         if b.edge

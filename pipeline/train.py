@@ -68,25 +68,22 @@ def describe(config: TrainConfig) -> str:
     import torch
     import yaml
 
-    from iddpm.flops import count_parameters, forward_flops
-    from pipeline.hardware import memory_bytes
+    from pipeline.hardware import count
 
-    channels = config.diffusion.out_channels(config.model.in_channels)
-    parameters, forward = count_parameters(config.model, channels), forward_flops(config.model, channels)
-    steps = horizon_steps(config, 3 * forward)
-    share = min(config.microbatch or config.batch_size, config.batch_size)
-    memory = memory_bytes(config, share)
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+    cost = count(config)
+    steps = horizon_steps(config, cost.train)
+    images = steps * config.batch_size
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in cost.memory.items())
     lines = [
         yaml.safe_dump(record(config), sort_keys=False).rstrip(),
         "---",
-        f"parameters          {parameters:,}",
-        f"forward             {forward / 1e9:.2f} GFLOPs an image ({forward / 2e9:.2f} GMACs)",
-        f"training            {3 * forward / 1e9:.2f} GFLOPs an image, forward and backward",
-        f"steps               {steps:,} of {config.batch_size} images = {steps * config.batch_size:,} images",
-        f"total               {3.0 * forward * steps * config.batch_size:.3e} FLOPs",
-        f"memory, estimated   {sum(memory.values()) / 2**30:.2f} GiB on one rank for forward passes of {share} images"
-        f" ({parts})",
+        f"parameters          {cost.parameters:,}",
+        f"forward             {cost.forward / 1e9:.2f} GFLOPs an image ({cost.forward / 2e9:.2f} GMACs)",
+        f"training            {cost.train / 1e9:.2f} GFLOPs an image, forward and backward",
+        f"steps               {steps:,} of {config.batch_size} images = {images:,} images",
+        f"total               {float(cost.train * images):.3e} FLOPs",
+        f"memory, estimated   {sum(cost.memory.values()) / 2**30:.2f} GiB on one rank for forward passes of"
+        f" {cost.share} images ({parts})",
         f"devices here        {torch.cuda.device_count()} GPUs",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, found again when damaged, and committed by one attempt only."""
+"""Checkpoints are complete or absent, verified when read, and committed by one attempt only."""
 
 import json
 import multiprocessing
@@ -62,7 +62,7 @@ def test_a_snapshot_is_of_the_moment(checkpoints: Checkpoints) -> None:
     live, meta = parts(1), {"digests": {"0": 5}}
     go_on = threading.Event()
     writer.save(1, live, meta, 3, None, first=lambda: assert_(go_on.wait(60)))
-    live["model"]["w"].zero_()  # training goes on while the thread writes
+    live["model"]["w"].zero_()  # training continues while the thread writes
     meta["digests"]["0"] += 7
     go_on.set()
     writer.close()
@@ -80,7 +80,7 @@ def test_newest_is_the_last_committed_whatever_its_step(checkpoints: Checkpoints
     commit(checkpoints, 6)  # a resumed run that fell back
     assert checkpoints.newest()[0].step == 6
     assert checkpoints.newest(step=8)[0].step == 8
-    with pytest.raises(ValueError, match=r"no checkpoint of step 7; there are \[6, 8\]"):
+    with pytest.raises(ValueError, match=r"no checkpoint of step 7; available steps: \[6, 8\]"):
         checkpoints.newest(step=7)
 
 
@@ -110,7 +110,7 @@ def test_falls_back_to_the_checkpoint_before(checkpoints: Checkpoints, damage: s
     record, loaded = checkpoints.newest()
     assert record.step == 1
     assert same(loaded, parts(1))
-    said = "it is left out" if damage == "record" else "trying the checkpoint before it"
+    said = "skipping it" if damage == "record" else "trying the checkpoint before it"
     assert said in capsys.readouterr().out
 
 
@@ -118,7 +118,7 @@ def test_all_damaged_is_an_error_that_names_them(checkpoints: Checkpoints) -> No
     commit(checkpoints, 1, 2)
     for name in data_files(checkpoints):
         checkpoints.store.write(name, b"x")
-    with pytest.raises(DamagedCheckpoint, match=r"none of the 2 checkpoints is whole.*step 2.*step 1"):
+    with pytest.raises(DamagedCheckpoint, match=r"all 2 checkpoints are damaged.*step 2.*step 1"):
         checkpoints.newest()
 
 
@@ -140,13 +140,13 @@ def test_a_reader_beside_training_takes_a_newer_one_for_what_retention_deletes(c
 def test_what_is_not_ours_and_a_broken_claim_are_passed_over(checkpoints: Checkpoints, capsys) -> None:
     checkpoints.store.write("log/notes.txt", b"mine")
     checkpoints.claim({}).close()
-    checkpoints.store.write("log/00000002.json", b"")  # a crash on a store whose writes are not atomic
+    checkpoints.store.write("log/00000002.json", b"")  # a crash on a store without atomic writes
     assert checkpoints.newest() is None
-    assert "00000002.json is no checkpoint record" in capsys.readouterr().out
+    assert "00000002.json is not a checkpoint record" in capsys.readouterr().out
     commit(checkpoints, 1)
     assert checkpoints.newest()[0].step == 1
     checkpoints.store.write(checkpoints.newest()[0].name, b"x")
-    with pytest.raises(DamagedCheckpoint, match="Begin anew"):
+    with pytest.raises(DamagedCheckpoint, match="Start over"):
         checkpoints.newest()
 
 
@@ -161,7 +161,7 @@ def test_a_stale_attempt_cannot_commit(checkpoints: Checkpoints) -> None:
     record, loaded = checkpoints.newest()
     assert record.step == 4
     assert same(loaded, parts(4))
-    commit(checkpoints, 5)  # whose claim removes what the stale attempt left behind
+    commit(checkpoints, 5)  # its claim removes what the stale attempt left behind
     named = {e["file"] for r in checkpoints.records() for e in r.parts.values()}
     assert {name.removeprefix("data/") for name in data_files(checkpoints)} == named
 
@@ -180,11 +180,11 @@ def test_a_failed_save_is_noticed_and_ends_the_writer(checkpoints: Checkpoints) 
     for again in (stale.check, stale.wait, lambda: stale.save(4, parts(4), {}, 1, None), stale.close):
         with pytest.raises(StaleAttempt, match="cannot commit step 3"):
             again()
-    assert not [name for name in data_files(checkpoints) if "step-3" in name]  # it did not even begin
+    assert not [name for name in data_files(checkpoints) if "step-3" in name]  # it wrote nothing
 
 
 def test_an_attempt_that_wakes_up_late_deletes_nothing_of_its_successor(checkpoints: Checkpoints) -> None:
-    """Its own cleaning and retention may run after the successor has written data, and before that is committed."""
+    """Its cleanup and retention may run after the successor has written data but before it commits them."""
     commit(checkpoints, 1, 2)
     late = checkpoints.claim({})
     late.save(3, parts(3), {}, 9, None)
@@ -193,7 +193,7 @@ def test_an_attempt_that_wakes_up_late_deletes_nothing_of_its_successor(checkpoi
 
     class Slow(Store):
         def create(self, name: str, data: bytes) -> bool:
-            writing.set()  # the data is there, the record is not
+            writing.set()  # the data is written, the record is not
             assert go_on.wait(60)
             return super().create(name, data)
 
@@ -236,7 +236,7 @@ def test_a_slow_store_holds_training_up_and_says_so(checkpoints: Checkpoints, ca
     monkeypatch.setattr(Writer, "_commit", lambda *a: (time.sleep(1.2), commit_(*a)))
     commit(checkpoints, 1, 2, 3)
     assert "training waited" in capsys.readouterr().out
-    assert [r.step for r in checkpoints.records() if r.kind == "checkpoint"] == [1, 2, 3]  # all that were asked for
+    assert [r.step for r in checkpoints.records() if r.kind == "checkpoint"] == [1, 2, 3]  # every requested checkpoint
 
 
 def test_of_racing_attempts_exactly_one_commits(checkpoints: Checkpoints) -> None:
@@ -269,7 +269,7 @@ class Crash(BaseException):
 
 
 def test_a_crash_at_any_operation_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
-    """Every write and delete of a commit is a place to die, before or after it took effect."""
+    """The process may die at every write and delete of a commit, before or after it takes effect."""
 
     class Dying(Store):
         left = 10**9
@@ -329,7 +329,7 @@ def _save_for_ever(url: str, config: StorageConfig, telling) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_20_crashes_on_s3_leave_a_valid_checkpoint(s3) -> None:  # noqa: F811
-    """A process that writes one checkpoint after the other is killed, somewhere in one, through failing requests."""
+    """A process that writes checkpoints continuously, with failing requests, is killed at a random moment."""
     url, context, rng = "s3://ckpt/crashes", multiprocessing.get_context("fork"), random.Random(0)
     checkpoints, reached, unfinished = Checkpoints(Store(url, StorageConfig(s3, deadline_s=60))), 0, 0
     with FaultProxy(s3, rate=0.3, seed=4) as proxy:
@@ -338,7 +338,7 @@ def test_20_crashes_on_s3_leave_a_valid_checkpoint(s3) -> None:  # noqa: F811
             ours, theirs = context.Pipe()
             child = context.Process(target=_save_for_ever, args=(url, StorageConfig(proxy.url, deadline_s=60), theirs))
             child.start()
-            for _ in range(2 if crash == 0 else 1):  # the first: until a checkpoint is committed
+            for _ in range(2 if crash == 0 else 1):  # the first crash needs a committed checkpoint
                 assert ours.poll(60)
                 ours.recv()
             time.sleep(rng.random() * 1.5)
@@ -354,7 +354,7 @@ def test_20_crashes_on_s3_leave_a_valid_checkpoint(s3) -> None:  # noqa: F811
             numbers = {f"{r.number:08d}" for r in kept}
             unfinished += any(name[5:13] not in numbers for name in data_files(checkpoints))
         assert sum(proxy.counts.values()) - proxy.counts["passed"] > 50
-    assert unfinished >= 5  # crashes that struck between the first part and the record
+    assert unfinished >= 5  # crashes between the first part and the record
     checkpoints.claim({}).close()
     assert {name[5:13] for name in data_files(checkpoints)} == numbers
 
@@ -362,7 +362,7 @@ def test_20_crashes_on_s3_leave_a_valid_checkpoint(s3) -> None:  # noqa: F811
 @pytest.mark.s3
 @pytest.mark.parametrize("together", [True, False])
 def test_racing_attempts_through_lost_replies(s3, together: bool) -> None:  # noqa: F811
-    """What was told to be committed is committed, and after a claim by nobody but the claimant."""
+    """Every reported commit holds, and after a claim only the claimant commits."""
     url = f"s3://ckpt/race-{together}"
     committed, refused = set(), []
     with FaultProxy(s3, rate=0.4, seed=1, faults=["lost", "500", "reset"]) as proxy:
@@ -399,7 +399,7 @@ def test_racing_attempts_through_lost_replies(s3, together: bool) -> None:  # no
     assert {(r.meta["attempt"], r.step) for r in records if r.kind == "checkpoint"} == committed
     if together:
         assert len(refused) == 4
-        assert len({number for number, _ in committed}) == 4  # of each two exactly one
+        assert len({number for number, _ in committed}) == 4  # exactly one of each pair
 
 
 @pytest.mark.s3

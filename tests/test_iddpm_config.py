@@ -16,7 +16,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("channels", 48, "multiple of 32, because GroupNorm has 32 groups"),
+        ("channels", 48, "multiple of 32, the number of GroupNorm groups"),
         ("channels", 0, "1 or more"),
         ("image_size", 36, "multiple of 8"),
         ("image_size", -64, "1 or more"),

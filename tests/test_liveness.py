@@ -1,4 +1,4 @@
-"""Who is found to have died or to hang, with ranks that are threads of this process."""
+"""Dead and hanging ranks are identified; the ranks are threads of this process."""
 
 import contextlib
 import socket
@@ -18,14 +18,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Group:
-    """Ranks 0 and up, and raw connections that play a rank badly."""
+    """Ranks from 0 up, and raw connections that act as misbehaving ranks."""
 
     def __init__(self) -> None:
         self.ranks: list[Liveness] = []
         self.links: list[socket.socket] = []
 
     def start(self, size: int, real: int, timeout_s: float = 60) -> list[Liveness]:
-        """`real` of `size` ranks; the rest is left to `link`."""
+        """Start `real` of `size` ranks; `link` provides the others."""
         listener = listen(everywhere=False)
         self.address = listener.getsockname()
         self.ranks.append(Liveness(0, size, timeout_s, listener))
@@ -133,7 +133,7 @@ def test_strangers_are_ignored(group: Group, nonsense: bytes) -> None:
 def test_a_slow_first_step_is_no_hang(group: Group) -> None:
     ranks = group.start(2, 2, timeout_s=0.5)
     time.sleep(1)
-    for step in range(1, 4):  # rank 1 says so a beat later than rank 0
+    for step in range(1, 4):  # rank 1 reports a beat later than rank 0
         ranks[0].step = step
         time.sleep(0.1)
         ranks[1].step = step

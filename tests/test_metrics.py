@@ -1,4 +1,4 @@
-"""FID and its kin: torch-fidelity's values on given features, from moments that stream by."""
+"""Image metrics: torch-fidelity's values on given features, with moments accumulated in batches."""
 
 import re
 import shutil
@@ -111,7 +111,7 @@ def test_the_others_equal_torch_fidelitys_on_given_features(monkeypatch: pytest.
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of the published names and shapes, with numbers by chance."""
+    """A file with the published names and shapes and random weights."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
@@ -140,7 +140,7 @@ def test_the_whole_way_through_inception_is_torch_fidelitys(
 
 
 def _theirs(drawn: torch.Tensor, real: torch.Tensor, weights: Path) -> dict[str, float]:
-    class Images(torch.utils.data.Dataset):  # torch-fidelity wants items that are images
+    class Images(torch.utils.data.Dataset):  # torch-fidelity needs items that are images
         def __init__(self, images: torch.Tensor) -> None:
             self.images = images
 
@@ -184,9 +184,9 @@ def test_weights_that_are_not_there_are_asked_for(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(ValueError, match=r"--inception PATH_OR_URL, allow --download.*--features trained"):
         inception_features(None, False, StorageConfig(), CPU)
-    # Nothing listens there: what a machine without a network sees.
+    # Nothing listens there, as on a machine without a network.
     monkeypatch.setattr(metrics, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
-    with pytest.raises(ValueError, match=r"cannot be downloaded here \(.*give its path by --inception"):
+    with pytest.raises(ValueError, match=r"cannot be downloaded here \(.*pass its path with --inception"):
         inception_features(None, True, StorageConfig(), CPU)
 
 
@@ -195,12 +195,12 @@ def test_a_network_of_no_such_name_is_refused() -> None:
         torch_fidelity_features("nonsense", None, CPU)
 
 
-# -------------------------------------------------------------------------------- a network of its own
+# ---------------------------------------------------------------------------------- trained features
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory, digits: str) -> tuple[Store, Features]:
-    """A copy of the digits, and features learnt from it."""
+    """A copy of the digits and features trained on it."""
     folder = tmp_path_factory.mktemp("own") / "data"
     shutil.copytree(digits, folder, ignore=shutil.ignore_patterns("evaluation"))
     store = Store(str(folder))
@@ -225,10 +225,10 @@ def test_it_knows_the_digits_and_is_learnt_once(own: tuple[Store, Features]) -> 
     assert index.digest in name
     kept = store.read(name)
     assert trained_features(store, index, World()).digest == network.digest
-    # A network of other layers is another one, even where the weights are the same.
+    # Other layers give another digest, even with the same weights.
     changed = nn.Sequential(*Classifier(1, 10).hidden[:-1])
     assert metrics._digest(changed) != metrics._digest(nn.Sequential(*changed, nn.ReLU()))
-    # Learnt anew, it is the same bit for bit.
+    # Training it again gives the same bits.
     store.delete(name)
     assert trained_features(store, index, World()).digest == network.digest
     assert store.read(name) == kept
@@ -260,7 +260,7 @@ def test_reference_moments_are_kept_beside_the_shards(
     images, _ = digits_of(store, "val", index.num_samples)
     expected = streamed(network.network(images)[0]).mean_covariance()
     np.testing.assert_allclose(first.moments[1], expected[1], atol=1e-6)
-    monkeypatch.setattr(metrics, "moments_of", None)  # not needed again
+    monkeypatch.setattr(metrics, "moments_of", None)  # must not be computed again
     again = dataset_reference(store, index, network, World(), Cache(tmp_path, 10**9))
     np.testing.assert_array_equal(again.moments[0], first.moments[0])
 
@@ -314,7 +314,7 @@ def test_a_reference_batch_may_be_anywhere(own: tuple[Store, Features], tmp_path
 
 @contextmanager
 def _served(folder: Path) -> Iterator[str]:
-    """The URL of a web server of the folder."""
+    """The URL of a web server that serves the folder."""
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -345,7 +345,7 @@ def test_a_store_that_is_read_only_only_costs_time(
     index = load_index(store, "val")
     store.delete(f"evaluation/val-{index.digest}-{network.digest}.npz")
     monkeypatch.setattr(Store, "create", refuse)
-    with pytest.warns(UserWarning, match="not kept: read-only"):
+    with pytest.warns(UserWarning, match="not cached: read-only"):
         reference = dataset_reference(store, index, network, World(), Cache(tmp_path, 10**9))
     assert reference.moments[0].shape == (64,)
 

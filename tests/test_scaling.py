@@ -1,4 +1,4 @@
-"""Known laws are recovered, with intervals that hold what they promise; what cannot be fitted is refused."""
+"""Known laws are recovered with intervals that cover as promised; data that cannot be fitted are refused."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ def point(run: str, parameters: float, images: float, flops: float, value: float
 
 
 def grid(noise: float = 0.0, seed: int = 0, sizes=SIZES, budgets=BUDGETS, seeds: int = 1) -> list[ComputePoint]:
-    """Runs that follow L(N, D), each to a budget of its own; C = 6 N D."""
+    """Runs that follow L(N, D), each with its own budget; C = 6 N D."""
     rng = np.random.default_rng(seed)
     return [
         point(f"{n:.3g}-{c:.3g}-{s}", n, c / (6 * n), c, law(n, c / (6 * n)) * math.exp(rng.normal(0, noise)))
@@ -35,7 +35,7 @@ def grid(noise: float = 0.0, seed: int = 0, sizes=SIZES, budgets=BUDGETS, seeds:
 
 
 def line(noise: float = 0.0, seed: int = 0, budgets: int = 8, seeds: int = 2) -> list[ComputePoint]:
-    """Runs that follow IDDPM's printed NLL over compute."""
+    """Runs that follow IDDPM's published NLL fit over compute."""
     e, k, a = scaling.PAPER["nll"]
     rng = np.random.default_rng(seed)
     return [
@@ -58,7 +58,7 @@ def test_exact_points_give_the_exact_law() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["L(C)", "L(N, D)"])
 def test_true_exponents_lie_in_their_intervals(kind: str) -> None:
-    """In at least 90 of 100 repeats, of intervals that promise 95 %."""
+    """At least 90 of 100 nominal 95 % intervals cover the true value."""
     hits = dict.fromkeys(("a",) if kind == "L(C)" else ("alpha", "beta"), 0)
     true = {"a": scaling.PAPER["nll"][2], "alpha": ALPHA, "beta": BETA}
     for seed in range(100):
@@ -69,12 +69,12 @@ def test_true_exponents_lie_in_their_intervals(kind: str) -> None:
         for name in hits:
             _, low, high = found[name]
             hits[name] += low <= true[name] <= high
-            assert high - low < true[name]  # an interval that holds everything says nothing
+            assert high - low < true[name]  # a wide enough interval would always cover
     assert min(hits.values()) >= 90, hits
 
 
 def test_the_bootstrap_finds_what_the_fit_would_find() -> None:
-    """A weight of 2 is a point given twice: the two minimisers must agree on the minimum."""
+    """A weight of 2 equals a repeated point, so the two minimisers must agree."""
     points = grid(0.01)
     log_x = np.log([[p.parameters, p.images] for p in points])
     log_x -= log_x.mean(0)
@@ -90,7 +90,7 @@ def test_the_bootstrap_finds_what_the_fit_would_find() -> None:
 
 
 def test_runs_not_checkpoints_are_resampled() -> None:
-    """A seed moves all checkpoints of a run together: taken for independent runs, they would promise too much."""
+    """A seed shifts all checkpoints of a run together: treating them as independent would give too narrow intervals."""
     noise = np.random.default_rng(0).normal(0, 0.02, (len(SIZES), 3))
     runs = [
         dataclasses.replace(p, run=f"{size}-{seed}", value=p.value * math.exp(noise[size, seed]))
@@ -127,7 +127,7 @@ def test_parabolas() -> None:
     assert all("beyond the largest size" in c.problem for c in isoflop(beyond))
     assert all(c.parameters is None for c in isoflop(beyond))
     said = scaling.warnings(beyond)
-    assert sum("grid's edge" in line for line in said) == sum("isoFLOP" in line for line in said) == len(BUDGETS)
+    assert sum("edge of the grid" in line for line in said) == sum("isoFLOP" in line for line in said) == len(BUDGETS)
 
 
 def test_the_compute_optimal_size_is_the_laws_minimum() -> None:
@@ -161,7 +161,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     for refused, says in (
         (lambda: fit_frontier([p for p in points if p.budget < BUDGETS[3]]), "3 budgets, expected 4"),
         (lambda: fit_size_data([p for p in points if p.parameters < SIZES[2]]), "10 points of 2 sizes"),
-        (lambda: fit_frontier([dataclasses.replace(p, run="one") for p in line()]), "rests on 1 runs"),
+        (lambda: fit_frontier([dataclasses.replace(p, run="one") for p in line()]), "got 1 runs"),
         (lambda: fit_size_data([*points, dataclasses.replace(points[0], value=math.nan)]), "the value nan"),
         (
             lambda: fit_size_data(
@@ -177,7 +177,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         with pytest.raises(ValueError, match=says):
             refused()
     small = [p for p in grid(sizes=SIZES[:3]) if p.budget > BUDGETS[2]]
-    flat = [dataclasses.replace(p, value=law(1e9, p.images)) for p in points]  # size does not matter
+    flat = [dataclasses.replace(p, value=law(1e9, p.images)) for p in points]  # independent of size
     fit = fit_size_data(flat, 20)
     assert "alpha" in fit.undetermined or "A" in fit.undetermined
     with pytest.raises(ValueError, match=r"do not determine .* of L\(N, D\)"):

@@ -46,7 +46,7 @@ def test_respacing_all_and_one():
         ("ddim5,5", "expected a spec"),
         ("101", "section 1 has only 100"),
         ("10,60", "section 2 has only 50"),
-        ("ddim51", "no whole-number stride takes 51 of 100"),
+        ("ddim51", "no integer stride selects 51 of 100"),
     ],
 )
 def test_a_wrong_spec_is_refused(spec, says):
