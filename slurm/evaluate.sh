@@ -2,7 +2,7 @@
 # Evaluate on Slurm:  sbatch slurm/evaluate.sh RUN [flags of `python -m pipeline.evaluate`]     (docs/slurm.md)
 
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8          # one for each GPU
+#SBATCH --ntasks-per-node=8          # one per GPU
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00

@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# What the batch scripts share: `run` a command that Slurm may stop, then `finish` the job, or have it start again.
+# Shared by the batch scripts: `run` a command that Slurm may stop, then `finish` the job or requeue it.
 #
-# USR1 to this shell is Slurm's warning, before the time limit (--signal=B:USR1@120) and before preemption. It is
-# passed on, and the job is requeued. TERM is the end: by scancel, or because Slurm itself takes the job off its nodes.
+# USR1 to this shell is Slurm's warning before the time limit (--signal=B:USR1@120) and before preemption. It is
+# forwarded, and the job is requeued. TERM is final: from scancel, or because Slurm itself removes the job from its nodes.
 
-max_restarts="${MAX_RESTARTS:-200}" # of one job: what never ends by itself must not go on for ever
-patience=90                         # seconds from the warning; what has not ended then is ended, and goes on later
+max_restarts="${MAX_RESTARTS:-200}" # per job, so that nothing requeues forever
+patience=90                         # seconds from the warning; a command still running then is killed, and resumes later
 
 if [[ -z "${SLURM_JOB_ID:-}" ]]; then
   echo "error: there is no Slurm job; submit this script with sbatch, or run it inside salloc" >&2
@@ -23,15 +23,15 @@ pass_on() {
   fi
 }
 
-# run COMMAND...: its exit status is then in `status`.
+# run COMMAND...: leaves its exit status in `status`.
 run() {
   local left="$patience"
   "$@" &
   command=$!
   if [[ "$heard" ]]; then
-    pass_on # what came before it had started
+    pass_on # a signal that came before it started
   fi
-  # A trapped signal ends `wait`, and not the command: wait again.
+  # A trapped signal interrupts `wait`, not the command: wait again.
   while
     heard="" status=0
     wait "$command" || status=$?
@@ -44,7 +44,7 @@ run() {
   done
 }
 
-# was_interrupted FLAGS...: whether the run that has these flags of pipeline.train says so itself, in its own folder.
+# was_interrupted FLAGS...: whether the folder of the run with these flags of pipeline.train records an interruption.
 was_interrupted() {
   python -c '
 import sys
@@ -54,12 +54,12 @@ sys.exit(not was_interrupted(parse_train(sys.argv[1:])[0]))
 ' "$@"
 }
 
-# Leave with `status`. What was interrupted (75), or killed by the warning or at the end of our patience (above 128),
-# is not done: the job starts again, from the top of its script.
+# Exit with `status`. A command that was interrupted (75), or killed by the warning or when patience ran out (above 128),
+# is not done: the job is requeued and runs its script again.
 finish() {
   local job="$SLURM_JOB_ID" state
   if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then
-    job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" # the SLURM_JOB_ID of one of its tasks is the whole array's
+    job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" # one task's SLURM_JOB_ID is the whole array's
   fi
   if [[ "$warned" ]] && ((status > 128)); then
     status=75
@@ -67,7 +67,7 @@ finish() {
   if ((status != 75)) || [[ "$ended" ]]; then
     exit "$status"
   fi
-  # In another state somebody else has decided, and scontrol would bring back even a job that was cancelled.
+  # In another state someone else has decided, and scontrol would revive even a cancelled job.
   state="$(scontrol show job "$job")"
   if [[ "$state" != *JobState=RUNNING* || "$state" != *BatchFlag=1* ]]; then
     echo "interrupted; the same command goes on"

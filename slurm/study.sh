@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One run of a scaling study for each task of an array. The usual way to submit it, with what is not done yet:
+# One run of a scaling study per task of an array. Usually submitted, for the unfinished runs, by
 #   python -m jobs.study run studies/imagenet64.yaml --launcher slurm     (docs/slurm.md)
-# and by hand:
-#   sbatch --array=0-19 slurm/study.sh studies/imagenet64.yaml     (numbers of runs, from 0: 4 sizes at 5 budgets)
+# or by hand:
+#   sbatch --array=0-19 slurm/study.sh studies/imagenet64.yaml     (run numbers, from 0: 4 sizes at 5 budgets)
 
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1          # several GPUs to a run: as many here
+#SBATCH --ntasks-per-node=1          # for N GPUs per run: N here and in the next line
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00

@@ -6,14 +6,14 @@
 
 #SBATCH --job-name=iddpm
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8          # one for each GPU
+#SBATCH --ntasks-per-node=8          # one per GPU
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
-#SBATCH --time=24:00:00              # of one stretch: the job goes on in the next
-##SBATCH --partition=gpu             # what many sites want to know as well
+#SBATCH --time=24:00:00              # per allocation: the job resumes in the next
+##SBATCH --partition=gpu             # required on many sites
 ##SBATCH --account=project
 
-# Two minutes before it must leave, the run is told to checkpoint, and the job goes back into the queue.
+# Two minutes before the limit, the run is told to checkpoint, and the job is requeued.
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -25,6 +25,6 @@ source slurm/environment.sh
 flags=(--preset imagenet64 "$@")
 run srun --mpi=none --kill-on-bad-exit=1 python -m pipeline.train "${flags[@]}"
 if [[ -z "$warned" ]] && ((status > 128)) && was_interrupted "${flags[@]}"; then
-  status=75 # srun kills the tasks that leave last, and their status hides the others'
+  status=75 # srun kills the last tasks to leave, and their status hides the others'
 fi
 finish
