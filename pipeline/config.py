@@ -299,17 +299,8 @@ def _positive(config: object, prefix: str, *names: str) -> None:
 # what must not be recorded.
 _UNRECORDED = ("storage", "launch", "tracking")
 _MAY_CHANGE = {
-    *(
-        "out",
-        "horizon",
-        "microbatch",
-        "checkpoint_activations",
-        "log_every",
-        "checkpoint_every",
-        "keep_last",
-        "keep_every",
-    ),
-    *("sample_every", "sample_count", "sample_steps", "eval_every", "eval_metrics", "eval_images"),
+    *("out", "horizon", "microbatch", "checkpoint_activations", "log_every", "checkpoint_every", "keep_last"),
+    *("keep_every", "sample_every", "sample_count", "sample_steps", "eval_every", "eval_metrics", "eval_images"),
     *("data.url", "data.workers", "data.cache_dir", "data.cache_gb"),
 }
 

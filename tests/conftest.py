@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ ROOT = Path(__file__).parent.parent
 # For every subprocess too: no telemetry, and nothing of the user's tracking set-up.
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "RAY_USAGE_STATS_ENABLED": "0"}
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+# A shell ignores Ctrl-C on behalf of its background jobs, and what they start would ignore it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MARKERS = {
     "s3": (

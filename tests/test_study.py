@@ -19,8 +19,9 @@ from test_scaling import BUDGETS, grid
 
 from iddpm.config import UNetConfig
 from jobs import report, study
-from jobs.study import Plan, Study, count, execute, load_points, load_study, main
+from jobs.study import Plan, Study, execute, load_points, load_study, main
 from pipeline.config import TrainConfig, parse_train
+from pipeline.hardware import count
 from pipeline.storage import Store
 from pipeline.tracking import read_journal
 
