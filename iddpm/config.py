@@ -104,8 +104,8 @@ class DiffusionConfig:
     mean: Mean = "epsilon"
     """What the network predicts: the added noise, the clean image or the mean of the previous step."""
     variance: Variance = "learned_range"
-    """fixed_small: beta tilde; fixed_large: beta; learned: log variance; learned_range: interpolates between the two
-    (eq. 15)."""
+    """fixed_small: beta tilde; fixed_large: beta; learned: log variance; learned_range: interpolates between
+    the two (eq. 15)."""
     loss: Loss = "rescaled_mse"
     """Training loss; see the description above for L_simple, L_hybrid and L_vlb."""
     rescale_timesteps: bool = True

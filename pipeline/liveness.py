@@ -19,9 +19,9 @@ BEAT_S = 0.5
 MISSED_BEATS = 5
 """Missed heartbeats after which a rank counts as silent once a collective has failed; before, the timeout applies."""
 STUCK_S = 10.0
-"""Seconds that the training thread has to notice a known failure before the process is terminated."""
+"""Seconds from a failure until the process is terminated, if its training thread does not notice the failure."""
 LEAVING_S = 60.0
-"""Seconds that a training thread that has noticed it has to shut down."""
+"""The same, if the training thread has noticed and is shutting down."""
 
 CONFESSED = " failed: "
 """Marks a failure that the rank reported itself."""

@@ -360,7 +360,8 @@ def npz_reference(
                 moments = npz["mu"], npz["sigma"]
             elif "arr_0" not in names:
                 raise ValueError(
-                    f"--reference {mask(url)}: its mu and sigma are of Inception's features, not of {features.name}'s"
+                    f"--reference {mask(url)}: got only Inception's mu and sigma, expected arr_0 for {features.name}"
+                    " features"
                 )
             else:
                 drawn = npz_images(file, batch_size, world.rank, world.size)
@@ -426,7 +427,7 @@ def image_metrics(
         mean, _ = reference.moments
         if mean.shape != rows.shape[1:]:
             raise ValueError(
-                f"the reference's moments have {len(mean)} dimensions, {features.name} features have {rows.shape[1]}"
+                f"reference moments: got {len(mean)} dimensions, expected {rows.shape[1]} for {features.name} features"
             )
         moments = Moments.zero(rows.shape[1], features.device)
         for block in drawn:
@@ -461,7 +462,7 @@ def feature_metrics(
         found["kid"] = value["kernel_inception_distance_mean"], {"subset": size}
     if real is not None and wanted & {"precision", "recall"}:
         if not 1 <= k < min(len(drawn), len(real)):
-            raise ValueError(f"--neighbours: got {k}, expected 1 to {min(len(drawn), len(real)) - 1} of the images")
+            raise ValueError(f"--neighbours: got {k}, expected 1 to {min(len(drawn), len(real)) - 1}")
         both = prc_features_to_metric(
             drawn.to(device), real.to(device), prc_neighborhood=k, save_cpu_ram=True, verbose=False
         )

@@ -1,4 +1,4 @@
-"""On a GPU: the CPU's numbers, and no step that waits for the device. They run by themselves: `pytest -m cuda`."""
+"""GPU tests: results match the CPU's, and no step waits for the device. Run separately with `pytest -m cuda`."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def batch(config: TrainConfig, start: int) -> Batch:
 
 
 def steps(device: torch.device, count: int, *flags: str) -> TrainState:
-    """A state after so many steps on random images, the same for every device."""
+    """The training state after `count` steps on random images, which are the same on every device."""
     config, _ = parse_train([*TINY, *flags])
     torch.manual_seed(0)
     world = World(device=device)
@@ -55,7 +55,7 @@ def test_steps_compute_what_they_do_on_the_cpu(flags: list[str]) -> None:
 
 @pytest.mark.parametrize("flags", [[], SAMPLED, ["--precision", "bf16", "--compile"], ["--checkpoint-activations"]])
 def test_a_step_never_waits_for_the_device(flags: list[str]) -> None:
-    state = steps(GPU, 2, *flags)  # what is compiled or allocated once may wait
+    state = steps(GPU, 2, *flags)  # one-time compilation and allocation may wait
     ready = batch(state.config, state.images)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -15,7 +15,7 @@ STEPS = sorted(key.rpartition("/")[0] for key in keys("step/mean"))
 
 
 class NoHostSync(TorchDispatchMode):
-    """Fails on whatever waits for the device, or has a shape that depends on data."""
+    """Fails on any operation that waits for the device or has a data-dependent shape."""
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "bincount")
 
@@ -110,11 +110,11 @@ def test_a_perfect_network_has_no_loss_and_finds_x_start(mean):
     x_t = diffusion.q_sample(x_0, t, eps)
     assert error(diffusion.p_mean_variance(model, x_t, t).pred_xstart, x_0) < 1e-9
     kl = Diffusion(replace(diffusion.config, loss="kl")).training_losses(model, x_0, t, eps).loss
-    assert kl[1:].abs().max() < 1e-9  # the decoder's term, t = 0, is not a divergence
+    assert kl[1:].abs().max() < 1e-9  # the decoder term at t = 0 is not a divergence
 
 
 class TwoParameters(torch.nn.Module):
-    """The golden denoiser with a factor on its mean and another on its variance."""
+    """The golden denoiser with one factor on its mean and another on its variance."""
 
     def __init__(self):
         super().__init__()
@@ -165,7 +165,7 @@ def test_float64_stays_float64():
     p = diffusion.p_mean_variance(model, x_0, t)
     assert seen == [(torch.float64, torch.float32)] * 2
     assert all(part.dtype == torch.float64 for part in (*losses, *p))
-    # and it is more than a cast at the end
+    # float64 is used throughout, not just for the result
     single = diffusion.training_losses(model, x_0.float(), t, eps.float()).loss
     assert 0 < error(single, losses.loss) < 1e-5
 

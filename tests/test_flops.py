@@ -31,6 +31,6 @@ def test_attention_is_counted():
     with_attention = UNetConfig(
         image_size=8, channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(8,)
     )
-    # One block down, two up; qkv and projection are 4 c^2 a pixel, the products 2 c a pair of pixels.
+    # One block down, two up; qkv and projection take 4 c^2 per pixel, the products 2 c per pair of pixels.
     macs = 3 * (4 * 32**2 * 64 + 2 * 32 * 64**2)
     assert forward_flops(with_attention, 6) - forward_flops(without, 6) == 2 * macs

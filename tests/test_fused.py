@@ -1,4 +1,4 @@
-"""The fused normalisation and activation give what torch's own parts do, forward and backward."""
+"""The fused normalisation and activation match torch's own operations, forward and backward."""
 
 from collections.abc import Iterator
 
@@ -14,13 +14,13 @@ GROUPS, EPS = 32, 1e-5
 
 @pytest.fixture(autouse=True)
 def eager() -> Iterator[None]:
-    """The kernels as they are written; test_unet compiles them."""
+    """Run the kernels uncompiled; test_unet compiles them."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 def inputs(channels: int, dtype: torch.dtype, layout: torch.memory_format, mean: float = 0.0) -> list[Tensor]:
-    """x, weight, bias, scale and shift."""
+    """Random x, weight, bias, scale and shift."""
     torch.manual_seed(0)
     x = (torch.randn(3, channels, 5, 4, dtype=dtype) + mean).to(memory_format=layout)
     weights = [torch.randn(channels, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
@@ -28,7 +28,7 @@ def inputs(channels: int, dtype: torch.dtype, layout: torch.memory_format, mean:
 
 
 def both(tensors: list[Tensor], scaled: bool) -> list[list[Tensor]]:
-    """The outcome and all gradients: fused, then torch's."""
+    """The output and all gradients, fused and torch's."""
     found = []
     for function in (fused_norm_act, norm_act):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors[: 5 if scaled else 3]]

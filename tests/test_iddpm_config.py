@@ -84,7 +84,7 @@ def test_imports_torch_and_the_standard_library_only(module):
 
 
 def test_works_without_numpy_and_loads_nothing_heavy():
-    # torch loads numpy itself where it finds it, so here it does not.
+    # torch imports numpy if it is available, so numpy is hidden here.
     program = f"""
 import sys, warnings
 warnings.simplefilter("ignore")

@@ -145,7 +145,7 @@ def test_systematic_timesteps_have_their_probabilities(draws):
     assert (t.min(), t.max()) == (1, STEPS - 1)
     shares = torch.bincount(t.flatten(), minlength=STEPS)[1:] / t.numel()
     assert (shares - p).abs().max() < 1e-4
-    # Systematic: of an image's draws, each timestep has its expected number, rounded up or down.
+    # Systematic sampling: each timestep is drawn its expected number of times per image, rounded up or down.
     for step in (1, 5, 30):
         count = (t == step).sum(1)
         expected = draws * p[step - 1]
@@ -154,7 +154,7 @@ def test_systematic_timesteps_have_their_probabilities(draws):
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
 def test_the_sampled_bound_is_unbiased_for_any_distribution(power):
-    """Averaged over a grid of u, it is the exact bound of the same noise: whatever the probabilities."""
+    """Averaged over a grid of u, the estimate equals the exact bound for the same noise, whatever the probabilities."""
     exact = exact_bpd(FULL, denoiser(True), images(), lambda t: EPS[t])
     n = 4000
     u = (torch.arange(n).double() + 0.5) / n
@@ -204,12 +204,12 @@ def test_labels_follow_their_images():
     assert seen[0].tolist() == [7, 7, 7, 8, 8, 8, 9, 9, 9]
 
 
-# ------------------------------------------------------------------------------------ the best path
+# ---------------------------------------------------------------------------------------- best path
 
 
 @pytest.fixture(scope="module", params=["learned_range", "fixed_large", "fixed_small"])
 def small(request):
-    """A chain of 8 timesteps with its costs, and the bound of the images by any path through it."""
+    """The costs of a chain of 8 timesteps, and a function for the images' bound along any path through it."""
     config = DiffusionConfig(timesteps=50, variance=request.param)
     grid = [0, 2, 5, 11, 20, 30, 40, 49]
     model = denoiser(config.learns_variance)

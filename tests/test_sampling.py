@@ -59,7 +59,7 @@ def test_chains_agree_with_the_original(path):
 
 
 def gaussian_model(diffusion, mean, std):
-    """The best eps for data that is N(mean, std^2) in every pixel: smooth, and linear in x."""
+    """The optimal eps for data that are N(mean, std^2) in every pixel: smooth, and linear in x."""
 
     def model(x, t, y=None):
         step = torch.searchsorted(diffusion.timestep_map, (t * diffusion.config.timesteps / 1000).round().long())

@@ -18,7 +18,7 @@ def test_tables_agree_with_the_original(key):
     expected = torch.from_numpy(arrays()[key])
     assert got.dtype == torch.float64
     assert got.shape == (int(steps),)
-    # Each value by itself, not only the largest.
+    # Compare relative errors of individual values, not only of the largest.
     torch.testing.assert_close(got[::16] if stride else got, expected, rtol=1e-12, atol=0)
 
 

@@ -9,7 +9,7 @@ from iddpm.timesteps import LossSecondMomentSampler, UniformSampler, make_sample
 
 
 class Sequential:
-    """The loss-second-moment sampler, one loss after the other."""
+    """The loss-second-moment sampler, updated one loss at a time."""
 
     def __init__(self, num_timesteps, history, uniform_prob=0.001):
         self.losses: list[list[float]] = [[] for _ in range(num_timesteps)]
@@ -33,7 +33,7 @@ class Sequential:
 
 
 def warm_sampler(scale):
-    """A sampler whose timestep t has had losses of size scale[t]."""
+    """A sampler whose timestep t has a history of losses scale[t]."""
     sampler = LossSecondMomentSampler(len(scale))
     t = torch.arange(len(scale)).repeat(10)
     sampler.update(t, scale.repeat(10))
@@ -57,7 +57,7 @@ def test_update_is_one_loss_after_the_other(num_timesteps, history, batch):
     warm = []
     for i in range(60):
         u = uniform(i, torch.arange(2 * batch))
-        # Unevenly, so that some batches hold one timestep more often than the history is long.
+        # Skewed, so that some batches contain a timestep more often than the history is long.
         t, losses = (u[:batch] ** 1.5 * num_timesteps).long(), u[batch:]
         sampler.update(t, losses)
         reference.update(t, losses)

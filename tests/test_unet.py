@@ -51,7 +51,7 @@ def golden_case(case):
 
 
 def filled(config=SMALL, out_channels=2):
-    """A network whose zero-initialised layers are not zero."""
+    """A network whose zero-initialised layers are made non-zero."""
     torch.manual_seed(0)
     model = UNet(config, out_channels)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_channels_last_and_meta():
 
 
 def test_checkpointed_activations_give_the_same_gradients_and_keep_less():
-    config = replace(SMALL, dropout=0.5)  # whose masks must be the same when computed anew
+    config = replace(SMALL, dropout=0.5)  # recomputation must use the same dropout masks
 
     def gradients(checkpointed):
         model = filled(config).train()
