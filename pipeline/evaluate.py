@@ -234,7 +234,7 @@ def _image_metrics(
         lo = number * config.batch_size
         hi = min(lo + config.batch_size, config.samples)
         (drawn,) = draw_batches(trained, recipe, lo, hi, device=world.device, batch_size=config.batch_size)
-        return features.see(drawn)
+        return features.extract(drawn)
 
     blocks.extend(math.ceil(config.samples / config.batch_size), draw, progress="sampling" if keep else None)
 
@@ -272,7 +272,7 @@ def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[M
         wanted -= NEAR  # which compare with these very images
         if real.num_samples <= config.samples:
             raise ValueError(f"{data}: has fewer than {config.samples} images besides those to compare with")
-    seen = [features.see(images) for images in spread_images(data, real, cache, config.samples)]
+    seen = [features.extract(images) for images in spread_images(data, real, cache, config.samples)]
     values = image_metrics(seen, reference, features, wanted, config.neighbours)
     n = sum(len(block["features"]) for block in seen)
     passport = {"n": n, "real": real.split, "features": features.digest, "reference": reference.digest}

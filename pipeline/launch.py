@@ -140,7 +140,7 @@ def _work(body: Callable[[World], int | None], config: LaunchConfig, folder: str
         ray.get(flag.give_up.remote(str(error)))  # the others may be ended before they hear of it, which Ray retries
         return str(error)
     except RankFailure as failure:
-        if failure.confessed:  # that rank itself tells Ray whether to try again
+        if failure.self_reported:  # that rank itself tells Ray whether to try again
             return str(failure)
         raise
 

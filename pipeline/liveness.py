@@ -23,7 +23,7 @@ STUCK_S = 10.0
 LEAVING_S = 60.0
 """The same, if the training thread has noticed and is shutting down."""
 
-CONFESSED = " failed: "
+SELF_REPORTED = " failed: "
 """Marks a failure that the rank reported itself."""
 
 
@@ -61,10 +61,10 @@ class Liveness:
         self._let_others_hear()
         return self.failure
 
-    def confess(self, reason: str) -> bool:
+    def report_failure(self, reason: str) -> bool:
         """Tell the others that this rank failed and why; return whether it was the first to fail."""
         self.leaving = True
-        self._own_error = f"rank {self.rank}{CONFESSED}{reason}"
+        self._own_error = f"rank {self.rank}{SELF_REPORTED}{reason}"
         self._wake.set()
         deadline = time.monotonic() + MISSED_BEATS * BEAT_S
         while not self.failure and time.monotonic() < deadline:

@@ -62,7 +62,7 @@ class Features:
         return {"fid": "fd", "kid": "kd"}.get(name, name) + f"_{self.name}"
 
     @torch.no_grad()
-    def see(self, images: Tensor) -> Block:
+    def extract(self, images: Tensor) -> Block:
         """Compute float32 `features` and `logits` of uint8 images [n, C, H, W]; both are on the CPU."""
         features, logits = self.network(images.to(self.device))
         return {"features": features.float().cpu(), "logits": logits.float().cpu()}
@@ -273,7 +273,7 @@ def moments_of(batches: Batches, features: Features, world: World) -> Moments:
     def own() -> int:
         nonlocal moments
         for images in batches:
-            found = features.see(images)["features"]
+            found = features.extract(images)["features"]
             moments = moments or Moments.zero(found.shape[1], features.device)
             moments.add(found)
         return len(moments.total) if moments else 0
@@ -415,7 +415,7 @@ def npz_images(file: IO[bytes], batch_size: int, first: int = 0, every: int = 1)
 def image_metrics(
     drawn: Sequence[Block], reference: Reference, features: Features, wanted: Iterable[str], k: int
 ) -> dict[str, tuple[float, dict[str, Any]]]:
-    """Compute the `wanted` metrics (of METRICS, without nll) of images that `Features.see` has encoded.
+    """Compute the `wanted` metrics (of METRICS, without nll) of images that `Features.extract` has encoded.
 
     Returns each metric's value and its additional passport fields. k is the number of neighbours for precision and
     recall (Kynkäänniemi et al. 2019).
@@ -436,7 +436,7 @@ def image_metrics(
     real = None
     if wanted & NEAR:
         assert reference.images, "checked before sampling"
-        real = torch.cat([features.see(images)["features"] for images in reference.images(len(rows))])
+        real = torch.cat([features.extract(images)["features"] for images in reference.images(len(rows))])
     return found | feature_metrics(rows, logits, real, wanted, k, features.device)
 
 

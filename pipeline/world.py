@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from pipeline.checkpoint import StaleAttempt
 from pipeline.config import INTERRUPTED_STATUS, LaunchConfig
-from pipeline.liveness import CONFESSED, Liveness, listen
+from pipeline.liveness import SELF_REPORTED, Liveness, listen
 from pipeline.storage import first_line
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ Job = tuple["Future[Any]", Callable[[], Any]]
 class RankFailure(RuntimeError):
     """Another rank died, hangs or failed; the message names it."""
 
-    confessed = False
+    self_reported = False
     """Whether that rank itself said why."""
 
 
@@ -221,7 +221,7 @@ class World:
         if self._liveness and (failure := self._liveness.blame()):
             seen = f"seen by rank {self.rank} at step {self._liveness.step}: {first_line(error)}"
             result = RankFailure(f"{failure} ({seen})")
-            result.confessed = CONFESSED in failure
+            result.self_reported = SELF_REPORTED in failure
             return result
         return None
 
@@ -230,10 +230,10 @@ class World:
         if self._liveness:
             self._liveness.leaving = True
 
-    def confess(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException) -> None:
         """Tell the others that this rank is going, and why."""
         if self._liveness:
-            self._first = self._liveness.confess(first_line(error))
+            self._first = self._liveness.report_failure(first_line(error))
 
     def should_tell(self, error: BaseException) -> bool:
         """Whether this rank should print its error: what all ranks raise together is told once."""
@@ -435,15 +435,15 @@ def fail_together(world: World) -> Iterator[World]:
         yield world
         world.close()
     except (RankFailure, StaleAttempt) as error:
-        world.confess(error)
+        world.report_failure(error)
         raise
     except RuntimeError as error:  # what gloo and NCCL raise, among others
         if failure := world.explain(error):
             raise failure from error
-        world.confess(error)
+        world.report_failure(error)
         raise
     except BaseException as error:
-        world.confess(error)
+        world.report_failure(error)
         raise
 
 

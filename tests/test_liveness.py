@@ -66,8 +66,8 @@ def test_healthy_ranks_find_nothing(group: Group) -> None:
 
 def test_all_learn_of_the_first_confession(group: Group) -> None:
     ranks = group.start(3, 3)
-    assert ranks[2].confess("no space left")
-    assert not ranks[1].confess("something else")
+    assert ranks[2].report_failure("no space left")
+    assert not ranks[1].report_failure("something else")
     until(lambda: all(rank.failure for rank in ranks))
     assert {rank.failure for rank in ranks} == {"rank 2 failed: no space left"}
 

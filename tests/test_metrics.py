@@ -133,7 +133,7 @@ def test_the_whole_way_through_inception_is_torch_fidelitys(
     (tmp_path / "real.npz").write_bytes(batch_npz(real))
     reference = npz_reference(str(tmp_path / "real.npz"), StorageConfig(), network, World())
     wanted = ["fid", "is", "kid", "precision", "recall"]
-    got = image_metrics([network.see(images) for images in drawn.split(4)], reference, network, wanted, 3)
+    got = image_metrics([network.extract(images) for images in drawn.split(4)], reference, network, wanted, 3)
     theirs = _theirs(drawn, real, weights)
     for name, value in theirs.items():
         assert got[name][0] == pytest.approx(value, abs=1e-4, rel=1e-4), name
@@ -240,7 +240,7 @@ def test_distances_tell_real_images_from_noise(own: tuple[Store, Features], tmp_
     real, _ = digits_of(store, "val", 200)
     noise = torch.randint(0, 256, real.shape).to(torch.uint8)
     wanted = ["fid", "kid", "precision", "recall"]
-    near, far = (image_metrics([network.see(x)], reference, network, wanted, 3) for x in (real, noise))
+    near, far = (image_metrics([network.extract(x)], reference, network, wanted, 3) for x in (real, noise))
     for name in ("fid", "kid"):
         assert near[name][0] < 0.1 * far[name][0], name
     for name in ("precision", "recall"):
@@ -278,7 +278,7 @@ def test_reference_batches_of_the_guided_diffusion_evaluator(own: tuple[Store, F
         assert len(every_third) == 1
         assert torch.equal(every_third[0], images[16:32])
     reference = npz_reference(str(path), StorageConfig(), network, World())
-    expected = streamed(network.see(images)["features"]).mean_covariance()
+    expected = streamed(network.extract(images)["features"]).mean_covariance()
     np.testing.assert_allclose(reference.moments[1], expected[1], atol=1e-9)
     assert reference.images
     assert torch.equal(torch.cat(list(reference.images(20))), images[:20])

@@ -20,7 +20,7 @@ from test_scaling import BUDGETS, grid
 from iddpm.config import UNetConfig
 from jobs import report, study
 from jobs.study import Plan, Study, execute, load_points, load_study, main
-from pipeline.config import TrainConfig, parse_train
+from pipeline.config import TrainConfig, parse_train, record
 from pipeline.hardware import count
 from pipeline.storage import Store
 from pipeline.tracking import read_journal
@@ -220,7 +220,7 @@ def test_a_study_interrupted_and_run_again(tmp_path: Path, digits: str, capsys) 
     assert (
         floor["passport"] | {"n": 16, "real": "val", "reference": distance.passport["reference"]} == floor["passport"]
     )
-    assert f"real images in the place of drawn ones: {floor['value']:.4f} (val, n 16)" in capsys.readouterr().out
+    assert f"real images instead of generated ones: {floor['value']:.4f} (val, n 16)" in capsys.readouterr().out
     assert child.data.metrics["compute/train_flops"] == point.flops
 
     capsys.readouterr()
@@ -249,7 +249,7 @@ def measured(tmp_path: Path) -> Study:
         size = sizes[loaded.values.index(run.value)]
         point = next(p for p in points if p.parameters == size and p.budget == run.budgets[0])
         both = [{**vars(point), "run": run.name, "name": name, "passport": {"n": 64}} for name in ("nll", "fd_digits")]
-        content = {"points": both, "evaluate": loaded.evaluate}
+        content = {"points": both, "evaluate": loaded.evaluate, "config": record(run.at(run.budgets[0]))}
         loaded.store.write(run.point(run.budgets[0]), json.dumps(content).encode())
     return loaded
 

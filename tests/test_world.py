@@ -295,7 +295,7 @@ def hang(world: World) -> None:
 def test_a_stuck_training_thread_is_ended(tmp_path: Path) -> None:
     with Ranks(2, tmp_path / "log", in_world, hang) as ranks:
         assert ranks.join(60) == [1, 3]
-        assert "error: rank 1 died; this rank is blocked" in ranks.said(0)
+        assert "error: rank 1 died; this rank is stuck" in ranks.said(0)
 
 
 def work_long(world: World) -> None:
