@@ -1,5 +1,6 @@
 """Ranks without a launcher: processes that believe torchrun started them, forked from one that has torch loaded."""
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -17,8 +18,9 @@ from pipeline.storage import Store
 from pipeline.train import run
 from pipeline.world import run_main
 
+# Every context of this kind has the one server, so this list is for all tests. Optimizers import torch._dynamo.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pipeline.loop", "pipeline.train", "torch._dynamo"])  # which optimizers import
+FORKS.set_forkserver_preload(["pipeline.loop", "pipeline.train", "pipeline.presets", "torch._dynamo", "s3fs", "pytest"])
 
 # With the importance sampler, whose state depends on the losses of all ranks, and so few timesteps that it is
 # warm after some ten steps; 10 images do not divide by 4.
@@ -95,10 +97,17 @@ def in_world(function: Callable[..., Any], *arguments: object) -> None:
     run_main(lambda world: function(world, *arguments), LaunchConfig(timeout_s=60))
 
 
+def free_ports(count: int) -> list[int]:
+    """Different ones."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for server in sockets:
+            server.bind(("127.0.0.1", 0))
+        return [int(server.getsockname()[1]) for server in sockets]
+
+
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+    return free_ports(1)[0]
 
 
 def descendants(pid: int) -> list[int]:

@@ -33,10 +33,10 @@ def weed() -> str | None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free, and free 10000 above, where SeaweedFS puts gRPC."""
+    """Ports that are free, and free 10000 above, where SeaweedFS puts gRPC; both below those that Linux gives out."""
     found: set[int] = set()
     while len(found) < count:
-        port = random.SystemRandom().randrange(20000, 55000)
+        port = random.SystemRandom().randrange(11000, 20000)
         with contextlib.suppress(OSError), socket.socket() as low, socket.socket() as high:
             low.bind(("127.0.0.1", port))
             high.bind(("127.0.0.1", port + 10000))

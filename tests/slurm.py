@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from conftest import ROOT
-from ranks import free_port, read
+from ranks import free_ports, read
 
 CONF = """
 ClusterName=iddpm
@@ -140,7 +140,7 @@ def private_slurm(folder: Path) -> Iterator[Slurm]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
-    ports = [free_port() for _ in range(3)]
+    ports = free_ports(3)
     conf = CONF.format(host=socket.gethostname().split(".")[0], folder=folder, ports=ports)
     (folder / "slurm.conf").write_text(conf)
     for number in range(8):  # Slurm shares them out as if they were GPUs

@@ -33,7 +33,7 @@ def checkpoints(request, tmp_path: Path) -> Checkpoints:
     if request.param == "local":
         return Checkpoints(Store(tmp_path / "run"))
     name = request.node.name.replace("[", "-").rstrip("]")
-    return Checkpoints(Store(f"s3://ckpt/{name}", StorageConfig(request.getfixturevalue("s3"), deadline_s=60)))
+    return Checkpoints(Store(f"s3://ckpt/{name}", StorageConfig(request.getfixturevalue("s3"), deadline_s=300)))
 
 
 def commit(checkpoints: Checkpoints, *steps: int, keep_last: int = 3, keep_every: int | None = None) -> None:
@@ -331,15 +331,15 @@ def _save_for_ever(url: str, config: StorageConfig, telling) -> None:
 def test_20_crashes_on_s3_leave_a_valid_checkpoint(s3) -> None:  # noqa: F811
     """A process that writes checkpoints continuously, with failing requests, is killed at a random moment."""
     url, context, rng = "s3://ckpt/crashes", multiprocessing.get_context("fork"), random.Random(0)
-    checkpoints, reached, unfinished = Checkpoints(Store(url, StorageConfig(s3, deadline_s=60))), 0, 0
+    checkpoints, reached, unfinished = Checkpoints(Store(url, StorageConfig(s3, deadline_s=300))), 0, 0
     with FaultProxy(s3, rate=0.3, seed=4) as proxy:
         proxy.stall_s = 0.3
         for crash in range(20):
             ours, theirs = context.Pipe()
-            child = context.Process(target=_save_for_ever, args=(url, StorageConfig(proxy.url, deadline_s=60), theirs))
+            child = context.Process(target=_save_for_ever, args=(url, StorageConfig(proxy.url, deadline_s=300), theirs))
             child.start()
             for _ in range(2 if crash == 0 else 1):  # the first crash needs a committed checkpoint
-                assert ours.poll(60)
+                assert ours.poll(300)
                 ours.recv()
             time.sleep(rng.random() * 1.5)
             assert child.is_alive()
@@ -368,9 +368,9 @@ def test_racing_attempts_through_lost_replies(s3, together: bool) -> None:  # no
     with FaultProxy(s3, rate=0.4, seed=1, faults=["lost", "500", "reset"]) as proxy:
 
         def attempt(number: int, barrier: threading.Barrier) -> None:
-            writer = Checkpoints(Store(url, StorageConfig(proxy.url, deadline_s=60))).claim({"attempt": number})
+            writer = Checkpoints(Store(url, StorageConfig(proxy.url, deadline_s=300))).claim({"attempt": number})
             if together:
-                barrier.wait(60)  # both have claimed
+                barrier.wait(300)  # both have claimed
             try:
                 for step in range(3):
                     writer.save(step, parts(number), {"attempt": number}, 99, None)

@@ -130,7 +130,7 @@ def test_torchrun_passes_its_signals_on(digits: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     handled = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     for number, step in ((signal.SIGUSR1, 10), (signal.SIGTERM, 20)):
-        run = Launched((*TORCHRUN, *handled), digits, out)
+        run = Launched((*TORCHRUN, *handled), digits, out, "--horizon", "100000steps")
         until(functools.partial(training, run, out, step), run)
         os.kill(run.process.pid, number)
         assert run.wait(60) == 1  # torchrun's own: hence the marker
@@ -141,7 +141,7 @@ def test_torchrun_passes_its_signals_on(digits: str, tmp_path: Path) -> None:
 @pytest.mark.mpi
 def test_mpirun_passes_usr1_on_and_returns_the_status(digits: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run = Launched(MPIRUN, digits, out)
+    run = Launched(MPIRUN, digits, out, "--horizon", "100000steps")
     until(lambda: newest_step(out) >= 10, run)
     os.kill(run.process.pid, signal.SIGUSR1)
     assert run.wait(60) == 75

@@ -14,7 +14,7 @@ from pipeline.liveness import Liveness, listen
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "BEAT_S", 0.05)
-    monkeypatch.setattr(liveness, "MISSED_BEATS", 10)
+    monkeypatch.setattr(liveness, "MISSED_BEATS", 20)
 
 
 class Group:
@@ -131,8 +131,8 @@ def test_strangers_are_ignored(group: Group, nonsense: bytes) -> None:
 
 
 def test_a_slow_first_step_is_no_hang(group: Group) -> None:
-    ranks = group.start(2, 2, timeout_s=0.5)
-    time.sleep(1)
+    ranks = group.start(2, 2, timeout_s=2)
+    time.sleep(2.5)
     for step in range(1, 4):  # rank 1 reports a beat later than rank 0
         ranks[0].step = step
         time.sleep(0.1)

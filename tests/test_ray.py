@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, TINY, run_module, tiny
-from ranks import STRICT, assert_same_run, descendants, free_port, newest_step, read
+from ranks import STRICT, assert_same_run, descendants, free_port, free_ports, newest_step, read
 from test_study import study_file
 
 from jobs.study import load_points, load_study
@@ -39,7 +39,8 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        ports = {name: free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}
+        names = ("port", "dashboard-port", "ray-client-server-port")
+        ports = dict(zip(names, free_ports(3), strict=True))
         self.address = f"http://127.0.0.1:{ports['dashboard-port']}"
         # 127.0.0.1 itself Ray replaces by the machine's address on the network.
         self.head = self._node("head", "127.0.0.2", "--head", "--dashboard-host=127.0.0.1", *flags(ports))

@@ -1,6 +1,5 @@
 """Training from and to a real S3 server: through failing requests, kills and changes of the world nothing is lost."""
 
-import multiprocessing
 import os
 import random
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY, small_disk, tiny
 from PIL import Image
+from ranks import FORKS
 from s3 import KEY, SECRET, FaultProxy, credentials, free_ports, s3  # noqa: F401
 
 from pipeline import evaluate, sample
@@ -28,9 +28,6 @@ from pipeline.world import World
 pytestmark = [pytest.mark.s3, pytest.mark.slow]
 
 DATA = "s3://train/digits"
-# Processes are forked from one that has imported everything: each is a process of its own, but starts at once.
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["pipeline.train", "pipeline.loop", "pipeline.presets", "s3fs", "pytest"])
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +46,7 @@ def newest(store: Store) -> tuple[int, dict[str, torch.Tensor]]:
 def start(machine: Path, flags: list[str], **env: str) -> ForkServerProcess:
     """`python -m pipeline.train` in the folder `machine`, which stands for a computer: it holds what is local there."""
     machine.mkdir(exist_ok=True)
-    process = FORK.Process(target=_main, args=(machine, flags, {**os.environ, **env}))
+    process = FORKS.Process(target=_main, args=(machine, flags, {**os.environ, **env}))
     process.start()
     return process
 
@@ -210,7 +207,7 @@ def test_what_cannot_work_fails_at_once_with_advice(s3: str, shards: str, tmp_pa
         "no data": (right, "s3://train/nothing", out, s3, "python -m pipeline.prepare"),
         "no server": (right, shards, out, "http://127.0.0.1:9", "is the server up"),
     }
-    FORK.Process(target=int).start()  # the imports of the server are not the program's time
+    FORKS.Process(target=int).start()  # the imports of the server are not the program's time
     for name, (identity, data, run, endpoint, says) in cases.items():
         flags = [*TINY, "--data.url", data, "--out", run, "--storage.endpoint-url", endpoint]
         with credentials(*identity):

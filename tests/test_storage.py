@@ -395,7 +395,7 @@ def test_s3_large_object_survives_faults(s3):  # noqa: F811
     data = os.urandom(1 << 20) * 100
     with FaultProxy(s3, rate=0.5, seed=3, faults=["500", "reset", "lost", "stall"]) as proxy:
         proxy.stall_s = 0.2
-        store = Store("s3://ckpt/parts", StorageConfig(proxy.url, deadline_s=60))
+        store = Store("s3://ckpt/parts", StorageConfig(proxy.url, deadline_s=300))
         for name in "ab":
             store.write(name, memoryview(data))
     assert all(Store("s3://ckpt/parts", StorageConfig(s3)).read(name) == data for name in "ab")

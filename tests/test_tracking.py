@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 from conftest import ROOT, TINY
 from mlflow import MlflowClient
 from PIL import Image
+from ranks import free_port
 
 from pipeline.config import TrackingConfig
 from pipeline.storage import Store
@@ -117,12 +117,6 @@ def test_mlflow_has_everything_the_journal_has(tmp_path: Path, monkeypatch: pyte
     assert run.inputs.dataset_inputs[0].dataset.digest == "0" * 32
     pictures = [f.path for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]
     assert len(pictures) == 1
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def server(folder: Path, port: int) -> subprocess.Popen:
