@@ -309,14 +309,14 @@ def test_flipped_byte(tmp_path, encoding, where):
         take(store, index, 8)
     assert "train-00003.tar is damaged" in str(caught.value)
     assert "pipeline.prepare" in str(caught.value)
-    assert ("sample 20 (number 2 of 13 in it)" in str(caught.value)) == (where == "image")
+    assert ("sample 20 (number 2 of 13 in the shard)" in str(caught.value)) == (where == "image")
 
 
 def test_truncated_shard(local):
     store, index = local
     path = store.local / "train-00003.tar"
     os.truncate(path, int(index.offset[25]) + 10)
-    with pytest.raises(StorageError, match=r"train-00003.tar is damaged: sample 25 .* is cut off, the file has"):
+    with pytest.raises(StorageError, match=r"train-00003.tar is damaged: sample 25 .* is truncated; the file has"):
         take(store, index, 8)
     path.unlink()
     with pytest.raises(StorageError, match=r"train-00003\.tar is missing"):

@@ -107,8 +107,8 @@ def test_exact_writes_its_terms(small_run: str, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"metrics": "nll,bpd"}, "expected some of nll, fid"),
-        ({"metrics": ""}, "expected some of nll, fid"),
+        ({"metrics": "nll,bpd"}, "expected a comma-separated list of nll, fid"),
+        ({"metrics": ""}, "expected a comma-separated list of nll, fid"),
         ({"images": 0}, "--images: got 0"),
         ({"metrics": "fid", "steps": 21, "features": "trained"}, "expected 1 to the run's T = 20"),
         ({"metrics": "fid", "features": "nonsense"}, "expected one of inception, trained"),

@@ -123,7 +123,7 @@ def test_verify(tmp_path, capsys, form):
         "10 (0, 1",
         index.digest,
         index.source,
-        "every hash is right",
+        "all hashes match",
     ):
         assert text in out
     path = tmp_path / "train-00001.tar"
@@ -134,7 +134,7 @@ def test_verify(tmp_path, capsys, form):
     assert run(form, tmp_path) == 1
     err = capsys.readouterr().err
     assert "error: train-00001.tar is damaged" in err
-    assert "sample 260 (number 4 of 256 in it)" in err
+    assert "sample 260 (number 4 of 256 in the shard)" in err
     assert "error: val-00000.tar is missing" in err
     (tmp_path / "empty").mkdir()
     assert run(form, tmp_path / "empty") == 1

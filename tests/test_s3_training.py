@@ -208,7 +208,7 @@ def test_what_cannot_work_fails_at_once_with_advice(s3: str, shards: str, tmp_pa
         "no bucket for the run": (right, shards, "s3://nowhere/x", s3, "create the bucket"),
         "no bucket for the data": (right, "s3://nowhere/x", out, s3, "create the bucket"),
         "no data": (right, "s3://train/nothing", out, s3, "python -m pipeline.prepare"),
-        "no server": (right, shards, out, "http://127.0.0.1:9", "is the server up"),
+        "no server": (right, shards, out, "http://127.0.0.1:9", "the server is up"),
     }
     FORK.Process(target=int).start()  # the imports of the server are not the program's time
     for name, (identity, data, run, endpoint, says) in cases.items():

@@ -261,7 +261,7 @@ def test_transient_local_error_is_tried_again(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(storage.os, "replace", replace)
     store.write("k", b"1")
     assert store.read("k") == b"1"
-    assert len([r for r in caplog.records if "trying again" in r.message]) == 1  # one line a burst
+    assert len([r for r in caplog.records if "retrying" in r.message]) == 1  # one line a burst
 
 
 def test_import_is_light():
@@ -365,9 +365,9 @@ def test_s3_credentials_may_take_longer_than_a_request(s3, tmp_path, monkeypatch
 
 def test_s3_unknown_profile_and_dead_endpoint():
     with credentials(KEY, SECRET):
-        with pytest.raises(StorageError, match="name a profile"):
+        with pytest.raises(StorageError, match="choose a profile"):
             Store("s3://train/x", StorageConfig("http://127.0.0.1:9", profile="nobody")).check(write=False)
-        with pytest.raises(StorageError, match="is the server up"):
+        with pytest.raises(StorageError, match="check that the server is up"):
             Store("s3://train/x", StorageConfig("http://127.0.0.1:9", deadline_s=2)).read("k")
 
 
