@@ -62,7 +62,7 @@ class StorageConfig:
                 raise ValueError(f"storage.endpoint_url: got {got!r}, expected http://host[:port] or https://…")
             if carries_credentials(self.endpoint_url):
                 raise ValueError(
-                    f"storage.endpoint_url: {mask(self.endpoint_url)} carries credentials; pass them in "
+                    f"storage.endpoint_url: {mask(self.endpoint_url)} carries credentials; provide them in "
                     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, never in the address"
                 )
 
@@ -82,8 +82,8 @@ class Store:
         self._backend: _Local | _S3 | _Fsspec
         if carries_credentials(self.url):
             raise ValueError(
-                f"storage URL: {mask(self.url)} carries credentials, which would be recorded; pass them in"
-                " the environment or the backend's own configuration"
+                f"storage URL: {mask(self.url)} carries credentials, which would be recorded; provide them"
+                " in the environment or the backend's own configuration"
             )
         if scheme in ("", "file", "local"):
             self._backend = _Local(Path(rest).expanduser())

@@ -42,7 +42,7 @@ def test_converted_weights_are_sampled_and_evaluated(digits: str, tmp_path: Path
     main(SampleConfig(config.out, str(tmp_path / "grid.png"), count=4), World())
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.size == (134, 134)
-    with pytest.raises(ValueError, match="has a checkpoint; give another"):
+    with pytest.raises(ValueError, match="already has a checkpoint; give another"):
         convert(path, config)
     with pytest.raises(ValueError, match="holds converted weights"):
         train(config, World())
@@ -76,7 +76,7 @@ def test_the_command_line(digits: str, tmp_path: Path) -> None:
     flags = ["--model.num-res-blocks", "1", "--model.channel-mult", "1", "1", "--diffusion.timesteps", "20"]
     flags += ["--sample-steps", "4", "--data.url", digits, "--out", str(tmp_path / "run")]
     said = run_module("pipeline.convert", "openai", path, "--preset", "digits", *flags).stdout
-    assert "now the checkpoint of" in said
+    assert "written as a checkpoint of" in said
     said = run_module(
         "pipeline.evaluate", str(tmp_path / "run"), "--images", "4", "--draws", "2", "--tracking.uri", "none"
     ).stdout

@@ -100,7 +100,7 @@ def test_exact_writes_its_terms(small_run: str, tmp_path: Path, capsys: pytest.C
     printed = re.search(r"nll_best5 +([\d.]+)", said)
     assert printed
     assert float(printed[1]) == pytest.approx(total, abs=1e-3)
-    with pytest.raises(ValueError, match="which only --exact and --chain know"):
+    with pytest.raises(ValueError, match="--out: needs --exact or --chain"):
         EvaluateConfig(small_run, out=out)
 
 

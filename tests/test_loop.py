@@ -358,7 +358,7 @@ def test_sample_and_evaluate_a_run(digits: str, tmp_path: Path) -> None:
     assert "bits/dim" in said
     assert len((tmp_path / "terms.csv").read_text().splitlines()) == 1 + 20
     for flags, says in (
-        (("--ema-rate", "0.7"), "the run has 0.9, 0.5"),
+        (("--ema-rate", "0.7"), "expected 0.9, 0.5"),
         (("--step", "5"), "no checkpoint of step 5"),
     ):
         result = run_module("pipeline.sample", str(out), *flags, check=False)
@@ -366,4 +366,4 @@ def test_sample_and_evaluate_a_run(digits: str, tmp_path: Path) -> None:
         assert says in result.stderr
         assert "Traceback" not in result.stderr
     result = run_module("pipeline.evaluate", str(tmp_path / "nothing"), check=False)
-    assert (result.returncode, "no checkpoint there" in result.stderr) == (1, True)
+    assert (result.returncode, "got no checkpoint" in result.stderr) == (1, True)

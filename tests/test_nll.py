@@ -172,8 +172,8 @@ def test_shorter_chains_have_bounds_of_their_own(val: Reader, trained: Trained) 
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
-        ({"chain": "x"}, "as in 25, or best25"),
-        ({"chain": "21"}, "the run has 20 timesteps"),
+        ({"chain": "x"}, "such as 25 or best25"),
+        ({"chain": "21"}, "expected at most the run's 20 timesteps"),
         ({"target_se": 0.0}, "bits/dim above 0"),
         ({"draws": 0}, "1 or more"),
     ],

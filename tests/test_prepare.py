@@ -138,7 +138,7 @@ def test_verify(tmp_path, capsys, form):
     assert "error: val-00000.tar is missing" in err
     (tmp_path / "empty").mkdir()
     assert run(form, tmp_path / "empty") == 1
-    assert "holds no dataset" in capsys.readouterr().err
+    assert "contains no dataset" in capsys.readouterr().err
 
 
 # --- folder ---
@@ -163,7 +163,7 @@ def test_folder(tmp_path, capsys):
     (source / "dog" / "._hidden.png").write_bytes(b"")
     assert run("folder", "--source", source, "--size", 8, "--out", out, "--val-fraction", 0) == 0
     report = capsys.readouterr().out
-    assert "2 files could not be read" in report
+    assert "skipped 2 unreadable files" in report
     assert "broken.jpg" in report
     assert "cut.png" in report
     store = Store(out)
@@ -224,7 +224,7 @@ def test_folder_mistakes(tmp_path, capsys):
 
     assert "is not a directory" in error("--source", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "holds no .png" in error("--source", tmp_path / "empty")
+    assert "contains no .png" in error("--source", tmp_path / "empty")
     picture(tmp_path / "mixed" / "a" / "x.png")
     picture(tmp_path / "mixed" / "y.png")
     assert "images of no class" in error("--source", tmp_path / "mixed")

@@ -225,7 +225,7 @@ def test_what_cannot_work_fails_at_once_with_advice(s3: str, shards: str, tmp_pa
         assert took < 60
         assert not [text for text in ("hunter2", SECRET) if text in said]
     assert not Checkpoints(Store(out, StorageConfig(s3))).store.list()
-    with pytest.raises(ValueError, match="s3://ckpt/never: no checkpoint there"):
+    with pytest.raises(ValueError, match="s3://ckpt/never: got no checkpoint"):
         sample.load_trained(out, StorageConfig(s3), World())
 
 

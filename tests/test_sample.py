@@ -118,7 +118,7 @@ def test_a_grid_is_near_square_or_has_the_columns_asked_for() -> None:
         ({"progressive": 6, "steps": 5}, "at most the 5 steps"),
         ({"progressive": 2, "out": "x.npz"}, "samples only"),
         ({"between": ("1", "2"), "eta": 1.0, "sampler": "ddim"}, "neither --progressive nor --eta"),
-        ({"ema_rate": 0.7}, r"the run has 0\.9, 0\.5"),
+        ({"ema_rate": 0.7}, r"expected 0\.9, 0\.5"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(small_run: str, tmp_path: Path, options: dict[str, Any], says: str) -> None:

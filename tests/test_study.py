@@ -110,7 +110,7 @@ def test_networks_of_one_size_are_refused(tmp_path: Path, capsys) -> None:
     ("evaluate", "says"),
     [
         ({"metrics": "nll", "split": "test"}, "no 'test' dataset"),
-        ({"metrics": "nll", "chain": "best250"}, "the run has"),
+        ({"metrics": "nll", "chain": "best250"}, "expected at most the run's"),
         ({"ema_rate": 0.9}, "evaluate.ema_rate: got 0.9"),
     ],
 )

@@ -227,7 +227,7 @@ def test_a_remote_run_is_sent_from_anywhere(tmp_path: Path, monkeypatch: pytest.
     assert sent.data.metrics == {"train/loss": 1.0}
     assert client.list_artifacts(sent.info.run_id, "images")
     monkeypatch.setattr(sys, "argv", ["tracking", f"{run.url}/none", "--uri", uri])
-    with pytest.raises(SystemExit, match=r"no journal.jsonl there; expected the --out of a run"):
+    with pytest.raises(SystemExit, match=r"got no journal.jsonl, expected the --out of a run"):
         main()
 
 
