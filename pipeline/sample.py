@@ -304,8 +304,7 @@ def grid_png(images: Tensor, columns: int | None = None) -> bytes:
 
 
 def batch_npz(images: Tensor, labels: Tensor | None = None) -> bytes:
-    """Encode uint8 [N, C, H, W] as a sample batch of the guided-diffusion evaluator: arr_0 [N, H, W, C], labels arr_1.
-    """
+    """Encode uint8 [N, C, H, W] as the guided-diffusion evaluator's sample batch: arr_0 [N, H, W, C], labels arr_1."""
     arrays = [images.permute(0, 2, 3, 1).numpy(), *([labels.numpy()] if labels is not None else [])]
     buffer = io.BytesIO()
     np.savez(buffer, *arrays)

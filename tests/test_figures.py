@@ -70,5 +70,5 @@ def test_every_figure_has_a_picture_and_its_data(digits: str, tmp_path: Path) ->
 
 
 def test_a_class_conditional_run_is_refused(small_run: str, digits: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is class-conditional"):
+    with pytest.raises(ValueError, match="got a class-conditional model"):
         main(FiguresConfig(str(tmp_path), digits, hybrid=small_run))

@@ -194,7 +194,7 @@ def test_which_jobs_start_again(slurm: Slurm, tmp_path: Path) -> None:
         "task 0": ("0", "0:0"),
         "task 1": ("1", "0:0"),
     }
-    assert "started again 1 times" in (tmp_path / "interrupted.log").read_text()
+    assert "restarted 1 times" in (tmp_path / "interrupted.log").read_text()
 
 
 def test_a_study_is_an_array_that_goes_on_after_preemption(slurm: Slurm, digits: str, tmp_path: Path) -> None:

@@ -74,16 +74,16 @@ def test_the_runs_of_a_study_file(tmp_path: Path) -> None:
     [
         ({"budgets": [-1e10]}, "expected one or more positive FLOPs"),
         ({"budgets": [1.001e10, 1.002e10]}, "expected budgets that differ in their first three digits"),
-        ({"budgets": [2e10, 1e10], "separate": False}, "expected rising ones"),
+        ({"budgets": [2e10, 1e10], "separate": False}, "expected ascending budgets"),
         ({"axis": "lr"}, "expected a field that sets the network's size"),
         ({"train": {"seed": 3, "lr": 1e-3}}, "train: got --lr, --seed, which a study sets for each of its runs"),
         ({"evaluate": {"against": "runs/x"}}, "evaluate: got --against, which a study sets"),
-        ({"evaluate": {"target_se": 0.01}}, "points of different numbers of images do not compare"),
+        ({"evaluate": {"target_se": 0.01}}, "points with different numbers of images are not comparable"),
         ({"seeds": [1, 2, 3]}, "expected one number, or one for each of the values"),
         ({"sizes": [1]}, "sizes"),
         ({"train": {"lrr": 1}}, "lrr"),
         ({"evaluate": {"image": 1}}, "--images"),
-        ({"evaluate": {"metrics": "nll,is"}}, "expected some of nll, fid, kid"),
+        ({"evaluate": {"metrics": "nll,is"}}, "expected comma-separated nll, fid, kid"),
     ],
 )
 def test_a_wrong_study_file_is_one_clear_error(tmp_path: Path, capsys, fields: dict, says: str) -> None:
@@ -103,7 +103,7 @@ def test_networks_of_one_size_are_refused(tmp_path: Path, capsys) -> None:
     path = study_file(tmp_path, axis="model.num_heads", values=[1, 2])
     for command in ("plan", "run"):
         assert main([command, str(path)]) == 1
-        assert "networks with as many parameters as others" in capsys.readouterr().err
+        assert "networks with equal numbers of parameters" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -164,10 +164,10 @@ def test_a_plan_counts_and_warns(tmp_path: Path, capsys, monkeypatch, digits: st
 def test_what_slurm_and_ray_are_given(tmp_path: Path, capsys, digits: str, monkeypatch) -> None:
     path = study_file(tmp_path, {"data": {"url": digits}, "tracking": {"uri": "http://127.0.0.1:1"}})
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match="--launcher slurm: there is no sbatch here"):
+    with pytest.raises(ValueError, match="--launcher slurm: sbatch is not installed here"):
         execute(study.Execute(path, launcher="slurm"))
     assert "warning: MLflow does not answer" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="a Ray job brings along"):
+    with pytest.raises(ValueError, match="a Ray job uploads"):
         execute(study.Execute(path, launcher="ray"))
     with pytest.raises(ValueError, match="expected 0 to 3"):
         execute(study.Execute(path, only="9"))
