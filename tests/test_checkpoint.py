@@ -161,7 +161,7 @@ def test_a_stale_attempt_cannot_commit(checkpoints: Checkpoints) -> None:
     record, loaded = checkpoints.newest()
     assert record.step == 4
     assert same(loaded, parts(4))
-    commit(checkpoints, 5)  # its claim removes what the stale attempt left behind
+    commit(checkpoints, 5)  # its claim removes what the stale attempt left
     named = {e["file"] for r in checkpoints.records() for e in r.parts.values()}
     assert {name.removeprefix("data/") for name in data_files(checkpoints)} == named
 

@@ -1,4 +1,4 @@
-"""Published weights become a run that is sampled and evaluated."""
+"""Published weights become a run that can be sampled and evaluated."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from pipeline.world import World
 
 
 def published(digits: str, folder: Path) -> tuple[str, UNet]:
-    """A file as published, of the tiny run's model."""
+    """Write a file as published, with the tiny run's model."""
     config = tiny(digits, folder)
     model = UNet(config.model, 2)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_another_models_weights_are_refused_and_leave_nothing(digits: str, tmp_p
     ],
 )
 def test_the_presets_are_the_published_models(preset: str, file: str, tmp_path: Path) -> None:
-    """By every name and shape, in a file of views of one number, which is small."""
+    """Every name and shape matches; the file is small because its tensors are views of one number."""
     shapes = released()[file]["state_dict"]
     torch.save({name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}, tmp_path / "x.pt")
     assert load_published(tmp_path / "x.pt", PRESETS[preset].model, 6).keys() == shapes.keys()

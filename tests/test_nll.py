@@ -115,12 +115,12 @@ def test_a_killed_evaluation_goes_on_where_it_was(
         with pytest.raises(KeyboardInterrupt):
             measured(val, trained, store=store, **plan)
     resumed = measured(val, trained, store=store, **plan)
-    assert calls == [8, 8, 8, 8, 8, 8, 8, 8, 2]  # three, two and two blocks, of which two were lost
+    assert calls == [8, 8, 8, 8, 8, 8, 8, 8, 2]  # three, two and two blocks, two of which were lost
     assert torch.equal(resumed.total, whole.total)
     assert torch.equal(resumed.prior, whole.prior)
     assert resumed.evaluations == whole.evaluations
     calls.clear()
-    assert torch.equal(measured(val, trained, store=store, **plan).total, whole.total)  # it is known already
+    assert torch.equal(measured(val, trained, store=store, **plan).total, whole.total)  # already known
     assert calls == []
     measured(val, trained, store=store, **{**plan, "seed": 1, "images": 8})  # another measurement
     assert calls == [8]
