@@ -341,8 +341,8 @@ def _data(config: TrainConfig, world: World) -> ShardIndex:
             load_index(data, "val")
         if wanted - {"nll"} and index.num_classes < 2:
             raise ValueError(
-                f"--eval-metrics: got {config.eval_metrics}, but the data have no class labels, on which the"
-                " network for image metrics is trained; use nll, and pipeline.evaluate for the others"
+                f"--eval-metrics: got {config.eval_metrics}, expected nll: the data have no class labels, on which the"
+                " network for image metrics is trained; use pipeline.evaluate for the others"
             )
     model = config.model
     if index.shape != image_shape(config):
