@@ -272,7 +272,7 @@ def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[M
         real = index or _index(data, "train", [run])
         wanted -= NEAR  # these would compare the images with themselves
         if real.num_samples <= config.samples:
-            raise ValueError(f"{data}: got {real.num_samples} images, expected more than --samples = {config.samples}")
+            raise ValueError(f"{data}: expected more than --samples = {config.samples} images; lower --samples")
     seen = [features.extract(images) for images in spread_images(data, real, cache, config.samples)]
     values = image_metrics(seen, reference, features, wanted, config.neighbours)
     n = sum(len(block["features"]) for block in seen)

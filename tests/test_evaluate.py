@@ -165,7 +165,7 @@ def test_what_real_images_get(small_run: str, digits: str, tmp_path: Path) -> No
     (part,) = real_floor(replace(config, data=str(tmp_path / "train-only")), run, World())
     assert (part.name, part.passport["real"], part.passport["n"]) == ("fd_digits", "train", 300)
     assert 0 < part.value < held_out["fd_digits"].value
-    with pytest.raises(ValueError, match="has fewer than 5000 images besides"):
+    with pytest.raises(ValueError, match="expected more than --samples = 5000 images"):
         real_floor(replace(config, samples=5000), run, World())
 
 
