@@ -84,7 +84,7 @@ def test_the_command_line(digits: str, tmp_path: Path) -> None:
     refused = run_module("pipeline.convert", "openai", path, "--preset", "digits", check=False)
     assert (refused.returncode, "--out: expected" in refused.stderr) == (2, True)
     dry = run_module("pipeline.convert", "openai", path, *flags, "--dry-run", check=False)
-    assert (dry.returncode, "--dry-run: got it" in dry.stderr) == (2, True)
+    assert (dry.returncode, "--dry-run: not supported" in dry.stderr) == (2, True)
     wrong = run_module(
         "pipeline.convert", "openai", path, "--preset", "cifar10", "--out", str(tmp_path / "b"), check=False
     )
