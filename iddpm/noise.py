@@ -1,9 +1,8 @@
-"""Counter-based randomness: every number is a pure function of (key, sample index), on any rank, microbatch
-or device.
+"""Counter-based random numbers: each is a pure function of (key, sample index), on any rank, microbatch or device.
 
-A generator object would tie the noise of a sample to how the batch was cut. Here it depends on nothing but
-the sample's own index, so that 1, 2 or 4 ranks train the same run, and resuming needs no generator state. The
-hash is SplitMix64 (Steele, Lea & Flood 2014), in int64 tensor arithmetic that wraps around.
+With a generator object, a sample's noise would depend on how the batch is split. Here it depends only on the sample's
+index, so any number of ranks trains the same run, and resuming needs no generator state. The hash is SplitMix64
+(Steele, Lea & Flood 2014), in int64 tensor arithmetic that wraps around.
 """
 
 import hashlib
@@ -24,32 +23,32 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def stream_key(*names: int | str) -> int:
-    """The key of an independent stream, a signed 64-bit integer: `stream_key(seed, "noise", step)`."""
+    """Return the key of an independent stream, a signed 64-bit integer, e.g. `stream_key(seed, "noise", step)`."""
     digest = hashlib.blake2b(repr(names).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def mix64(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser, a bijection of int64 that scatters every input bit over all output bits."""
+    """Apply SplitMix64's finaliser, a bijection of int64 that spreads every input bit over all output bits."""
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
 
 
 def random_bits(key: int, index: Tensor) -> Tensor:
-    """int64 [n]: 64 random bits for each `index` (int64 [n])."""
+    """Return 64 random bits (int64 [n]) for each `index` (int64 [n])."""
     return mix64((index + 1) * _GAMMA + key)
 
 
 def uniform(key: int, index: Tensor) -> Tensor:
-    """float64 [n] uniform in [0, 1) with 53 random bits, one for each `index` (int64 [n])."""
+    """Return a uniform number in [0, 1) with 53 random bits (float64 [n]) for each `index` (int64 [n])."""
     return _shift_right(random_bits(key, index), 11).double() * 2.0**-53
 
 
 def normal(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal float32 [n, *shape]; row i depends on (key, index[i]) alone. `index` is int64 [n].
+    """Return standard normal float32 [n, *shape]; row i depends only on (key, index[i]). `index` is int64 [n].
 
-    Box-Muller, in float64 and rounded at the end: what vectorised and scalar kernels differ by is far below
+    Uses Box-Muller in float64, rounded at the end: differences between vectorised and scalar kernels are far below
     float32's last bit.
     """
     size = math.prod(shape)
@@ -63,5 +62,5 @@ def normal(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    # int64's own shift copies the sign bit: mask the copies away.
+    # int64's shift copies the sign bit: mask the copies.
     return (x >> bits) & ((1 << (64 - bits)) - 1)

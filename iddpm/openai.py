@@ -1,4 +1,4 @@
-"""The published improved-diffusion checkpoints (.pt files), which hold a state_dict of UNet's names."""
+"""Loading of the published improved-diffusion checkpoints (.pt files), whose names match `UNet`'s state_dict."""
 
 from pathlib import Path
 
@@ -10,16 +10,16 @@ from iddpm.unet import UNet
 
 
 def load_published(path: str | Path, config: UNetConfig, out_channels: int) -> dict[str, Tensor]:
-    """The weights in the file, on the CPU, for `UNet(config, out_channels).load_state_dict`.
+    """Load a file's weights on the CPU, for `UNet(config, out_channels).load_state_dict`.
 
-    ValueError if it is not a file of tensors only (nothing in it is ever executed), or if names or shapes are
-    not that model's: the message lists which.
+    Raises ValueError if the file does not hold only tensors (nothing in it is ever executed), or if names or shapes
+    do not match the model's; the message lists which.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # what garbage makes of the unpickler is not one kind of error
+    except Exception as error:  # a corrupt file can make the unpickler raise nearly anything
         raise ValueError(f"{path}: not a checkpoint of tensors only: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: expected a dict of tensors, a UNet's state_dict")

@@ -1,7 +1,7 @@
 """Draw the papers' figures, each with its data as CSV: `python -m jobs.figures --hybrid RUN --linear RUN ...`.
 
-Those of the schedules need no run; of the others, those are drawn whose runs are given. Numbers are those of IDDPM's
-figures. Image quality is measured over features trained on the data itself, so its values are no FIDs.
+Figures of the schedules need no run; the others are drawn if their runs are given. Figure numbers are IDDPM's, unless
+noted. Image quality is measured with features trained on the data itself, so its values are not FIDs.
 """
 
 import csv
@@ -39,16 +39,16 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class FiguresConfig:
-    """Draw the papers' figures from tables and from runs, each with its data as CSV."""
+    """Draw the papers' figures, from schedules and from runs, each with its data as CSV."""
 
     out: str = "figures"
     """Folder for the .png and .csv files."""
     data: str = "data/digits"
-    """Shards that the runs were trained on."""
+    """Folder or URL of the shards that the runs were trained on."""
     hybrid: str | None = None
-    """Run of L_hybrid on the cosine schedule."""
+    """Run of L_hybrid with the cosine schedule."""
     linear: str | None = None
-    """Run of L_hybrid on the linear schedule."""
+    """Run of L_hybrid with the linear schedule."""
     simple: str | None = None
     """Run of L_simple with a fixed variance."""
     vlb: str | None = None
@@ -58,16 +58,16 @@ class FiguresConfig:
     images: int = 64
     """Validation images for bits/dim."""
     samples: int = 512
-    """Images drawn for each point of quality."""
+    """Images to draw per measurement of quality."""
     gradients: int = 512
-    """Training images whose gradients the noise scale is estimated from."""
+    """Training images from whose gradients to estimate the noise scale."""
     steps: tuple[int, ...] = (5, 10, 25, 50, 100)
     """Numbers of sampling steps K."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 
 
 class Bench:
-    """What the figures of runs share: the data, the networks, and ways to measure."""
+    """What the figures share: the data, and methods to load and measure models."""
 
     def __init__(self, config: FiguresConfig) -> None:
         self.config = config
@@ -79,11 +79,11 @@ class Bench:
     def load(self, run: str, step: int | None = None, ema_rate: float | None = None) -> Trained:
         trained = load_trained(run, self.config.storage, self.world, ema_rate, step)
         if trained.config.model.num_classes is not None:
-            raise ValueError(f"{run}: is class-conditional; the figures are of unconditional models")
+            raise ValueError(f"{run}: got a class-conditional model; the figures need unconditional ones")
         return trained
 
     def read(self, index: ShardIndex, count: int | None = None) -> Tensor:
-        """The first images of a split, or all, in [-1, 1], [n, C, H, W]."""
+        """Read a split's first `count` images, or all, as [n, C, H, W] in [-1, 1]."""
         with closing(Reader(self.data, index)) as reader:
             images, _ = reader.read(np.arange(count or index.num_samples))
         return images.to(self.world.device).float() / 127.5 - 1
@@ -94,7 +94,7 @@ class Bench:
             return measure_nll([model], options, reader.read, self.val.num_samples, self.world)
 
     def quality(self, model: Trained, chain: Diffusion, recipe: Recipe) -> float:
-        """The Fréchet distance of drawn images to the training images."""
+        """Return the Fréchet distance between generated and training images."""
         if self._quality is None:
             features = trained_features(self.data, self.train, self.world)
             cache = Cache(model.config.data.cache_dir, int(model.config.data.cache_gb * 1e9))
@@ -109,7 +109,7 @@ class Bench:
 
 
 def variances() -> tuple[Rows, Callable[[Any], None]]:
-    """Figure 1: the posterior's variance over beta, for several T."""
+    """Figure 1: the posterior variance divided by beta, for several T."""
     rows = []
     for steps in (100, 1000, 4000):
         d = Diffusion(DiffusionConfig(timesteps=steps, schedule="linear"))
@@ -141,7 +141,7 @@ def alphas() -> tuple[Rows, Callable[[Any], None]]:
 
 
 def noised(bench: Bench) -> tuple[Rows, Callable[[Any], None]]:
-    """Figure 3: an image on its way to noise, by the linear schedule (above) and the cosine one."""
+    """Figure 3: an image turning into noise, with the linear schedule (above) and the cosine one."""
     steps, columns = 1000, 9
     x = bench.read(bench.val, 1).cpu()
     eps = normal(stream_key(0, "figure"), torch.zeros(1, dtype=torch.int64), x.shape[1:])
@@ -174,7 +174,7 @@ def terms(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[Any], Non
 
 
 def curves(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[Any], None]]:
-    """Figure 6: bits/dim of the moving average over training steps, sampled, with 95 % intervals."""
+    """Figure 6: estimated bits/dim of the moving average over training steps, with 95 % intervals."""
     rows = []
     for name, run in runs.items():
         for step in steps_of(bench, run):
@@ -191,15 +191,15 @@ def curves(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[Any], No
 def gradient_noise(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[Any], None]]:
     """Figure 7: the gradient noise scale of each run's own objective, on its own weights, as it trains.
 
-    tr(covariance) / |gradient|^2 (McCandlish et al. 2018), in images: in the gradient of a batch so large there is as
-    much noise as signal. From the gradients of single training images. L_vlb's is that of both ways to sample
-    timesteps, however the run was trained: on the same weights they differ in nothing but noise.
+    This is tr(covariance) / |gradient|^2 (McCandlish et al. 2018), in images: the batch size whose gradient has as much
+    noise as signal. It is estimated from gradients of single training images. For L_vlb, both ways to sample timesteps
+    are shown, however the run was trained: on the same weights, they differ only in noise.
     """
     rows: Rows = []
     x, groups = bench.read(bench.train), 32
     for name, run in runs.items():
         for step in steps_of(bench, run):
-            model = bench.load(run, step, ema_rate=0)  # not an average's, whose gradient trains nothing
+            model = bench.load(run, step, ema_rate=0)  # not an average: its gradient is not used in training
             config = model.config.diffusion
             process = Diffusion(config, device=bench.world.device)
             vlb = config.loss in ("kl", "rescaled_kl")
@@ -232,9 +232,9 @@ def gradient_noise(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[
 def _gradients(
     model: Trained, process: Diffusion, sampler: TimestepSampler, x: Tensor, group: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a group of images: the mean gradient, that of |gradient|^2, and what the latter were with uniform timesteps.
+    """Return a group's mean gradient, its mean |gradient|^2, and what the latter would be with uniform timesteps.
 
-    By single images, each weighted for the probability of its timestep.
+    Gradients are of single images, each weighted for the probability of its timestep.
     """
     network: Any = model.model
     index = torch.arange(group * size, (group + 1) * size, device=x.device)
@@ -251,15 +251,16 @@ def _gradients(
 
 
 def _noise_scale(products: Tensor, power: Tensor) -> tuple[float, float]:
-    """The scale, and its standard error by the jackknife.
+    """Estimate the scale, and its standard error by the jackknife.
 
-    From the inner products [n, n] of the mean gradients of n groups, and the mean of each one's squared gradients [n].
+    `products` [n, n] are the inner products of the mean gradients of n groups; `power` [n] is each group's mean
+    |gradient|^2.
     """
     n = len(power)
 
     def scale(keep: Tensor) -> float:
         of, m = products[keep][:, keep], len(keep)
-        signal = (of.sum() - of.trace()) / (m * (m - 1))  # of different groups: without what noise adds to a square
+        signal = (of.sum() - of.trace()) / (m * (m - 1))  # of different groups: free of the bias of squared noise
         return float(power[keep].mean() / signal - 1)
 
     every = torch.arange(n)
@@ -268,7 +269,7 @@ def _noise_scale(products: Tensor, power: Tensor) -> tuple[float, float]:
 
 
 def _importance_sampler(model: Trained, process: Diffusion, x: Tensor) -> LossSecondMomentSampler:
-    """As training has it: with a full history of losses of each timestep."""
+    """Build the sampler as in training, with a full history of losses for each timestep."""
     steps = process.num_timesteps
     sampler = LossSecondMomentSampler(steps, device=x.device)
     t = torch.arange(steps, device=x.device)
@@ -281,13 +282,13 @@ def _importance_sampler(model: Trained, process: Diffusion, x: Tensor) -> LossSe
 
 
 def _draw(stream: str, index: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Images of x and noise for them, by number."""
+    """Choose images of `x`, and noise for them, by index."""
     chosen = (uniform(stream_key(0, stream, "image"), index) * len(x)).long()
     return x[chosen], normal(stream_key(0, stream, "eps"), index, x.shape[1:])
 
 
 def quality_over_steps(bench: Bench, run: str) -> tuple[Rows, Callable[[Any], None]]:
-    """Figure 8: quality over the number of sampling steps, by IDDPM's sampler and DDIM's."""
+    """Figure 8: quality over the number of sampling steps, for IDDPM's sampler and DDIM."""
     model = bench.load(run)
     rows: Rows = []
     for steps in bench.config.steps:
@@ -305,7 +306,7 @@ def quality_over_steps(bench: Bench, run: str) -> tuple[Rows, Callable[[Any], No
 
 
 def nll_over_steps(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[Any], None]]:
-    """The bound of chains of K steps, evenly spaced, and of the best path: learned variance against fixed."""
+    """The bound of chains of K steps, evenly spaced and best: learned versus fixed variance."""
     rows: Rows = []
     for name, run in runs.items():
         model = bench.load(run)
@@ -324,7 +325,7 @@ def nll_over_steps(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[
 
 
 def skipped_prefix(bench: Bench, runs: dict[str, str], steps: int = 50) -> tuple[Rows, Callable[[Any], None]]:
-    """Figure 4: quality when the first part of the reverse process is left out and the rest starts from noise."""
+    """Figure 4: quality if the first part of the reverse process is skipped and the rest starts from noise."""
     rows: Rows = []
     recipe = Recipe("ancestral", steps, 0.0, 0)
     for name, run in runs.items():
@@ -344,7 +345,7 @@ def skipped_prefix(bench: Bench, runs: dict[str, str], steps: int = 50) -> tuple
 
 
 def consistency(bench: Bench, run: str, count: int = 8) -> tuple[Rows, Callable[[Any], None]]:
-    """DDIM's figure 5: from one x_T (a column), by chains of ever more steps (rows), the same image."""
+    """DDIM's figure 5: from one x_T (per column), chains of more and more steps (rows) draw the same image."""
     model = bench.load(run)
     images = []
     for steps in bench.config.steps:
@@ -359,7 +360,7 @@ def consistency(bench: Bench, run: str, count: int = 8) -> tuple[Rows, Callable[
 
 
 def interpolation(bench: Bench, run: str, lines: int = 4, columns: int = 11) -> tuple[Rows, Callable[[Any], None]]:
-    """DDIM's figure 6: images between two, by slerp of x_T."""
+    """DDIM's figure 6: interpolation between two images by slerp of x_T."""
     model = bench.load(run)
     chain = Recipe("ddim", max(bench.config.steps), 0.0, 0).chain(model.config.diffusion, bench.world.device)
     first, last = (
@@ -374,7 +375,7 @@ def interpolation(bench: Bench, run: str, lines: int = 4, columns: int = 11) -> 
 
 
 def steps_of(bench: Bench, run: str) -> list[int]:
-    """Of the checkpoints that are kept."""
+    """Return the steps of a run's checkpoints."""
     records = Checkpoints(Store(run, bench.config.storage)).records()
     return sorted({record.step for record in records if record.kind == "checkpoint"})
 
@@ -389,7 +390,7 @@ def _lines(axis: Any, rows: Rows, x: str, y: str, by: str, prefix: str = "", err
         marker = "o" if len(mine) < 30 else ""
         (line,) = axis.plot(xs, ys, label=f"{prefix}{value}", linewidth=1.3, marker=marker, markersize=3)
         if error:
-            factors = [math.exp(NORMAL_95 * row[error] / row[y]) for row in mine]  # so that no axis is left
+            factors = [math.exp(NORMAL_95 * row[error] / row[y]) for row in mine]  # stays positive
             low, high = ([v * f**sign for v, f in zip(ys, factors, strict=True)] for sign in (-1, 1))
             axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axis.grid(alpha=0.3, which="both")
@@ -397,13 +398,13 @@ def _lines(axis: Any, rows: Rows, x: str, y: str, by: str, prefix: str = "", err
 
 
 def _ticks(axis: Any, values: Sequence[int]) -> None:
-    """Just these on a logarithmic x axis."""
+    """Show only these ticks on a logarithmic x axis."""
     axis.set_xticks(values, list(map(str, values)))
     axis.xaxis.minorticks_off()
 
 
 def _plain(axis: Any) -> None:
-    """3, not 3 x 10^0, on a logarithmic y axis of about a decade."""
+    """Label a logarithmic y axis of about a decade with 3, not 3 x 10^0."""
     from matplotlib.ticker import LogFormatter
 
     axis.yaxis.set_major_formatter(LogFormatter())
@@ -411,7 +412,7 @@ def _plain(axis: Any) -> None:
 
 
 def _tiles(axis: Any, images: Tensor, columns: int) -> None:
-    """[N, C, H, W] in [-1, 1] as a grid."""
+    """Show images [N, C, H, W] in [-1, 1] as a grid."""
     n, channels, height, width = images.shape
     padded = torch.nn.functional.pad(to_uint8(images).float(), (0, 1, 0, 1), value=255)
     rows = -(-n // columns)
@@ -441,7 +442,7 @@ def save(folder: Path, name: str, title: str, rows: Rows, draw: Callable[[Any], 
 
 
 def figures(config: FiguresConfig) -> Iterator[tuple[str, str, tuple[Rows, Callable[[Any], None]]]]:
-    """Name, title, data and drawing of each figure that can be drawn."""
+    """Yield the name, title, data and drawing function of each figure that can be drawn."""
     bench = Bench(config)
     given = {
         "L_hybrid, cosine": config.hybrid,
@@ -456,7 +457,7 @@ def figures(config: FiguresConfig) -> Iterator[tuple[str, str, tuple[Rows, Calla
         return {name: run for name, run in runs.items() if name in names}
 
     yield "variances", "Posterior variance over beta, linear schedule", variances()
-    yield "alphas", "What is left of the signal", alphas()
+    yield "alphas", "Remaining signal", alphas()
     yield "noised", "Linear (above) and cosine", noised(bench)
     if runs:
         yield "curves", "Learning curves", curves(bench, runs)
@@ -465,7 +466,7 @@ def figures(config: FiguresConfig) -> Iterator[tuple[str, str, tuple[Rows, Calla
     if own := some("L_hybrid, cosine", "L_vlb", "L_vlb, importance sampled"):
         yield "gradient-noise", "Gradient noise", gradient_noise(bench, own)
     if config.hybrid:
-        yield "ddim-consistency", "DDIM: more steps downwards", consistency(bench, config.hybrid)
+        yield "ddim-consistency", "DDIM: more steps in each row", consistency(bench, config.hybrid)
         yield "ddim-interpolation", "DDIM: between two images", interpolation(bench, config.hybrid)
         yield "quality-over-steps", "Quality over sampling steps", quality_over_steps(bench, config.hybrid)
     if both := some(*list(given)[:2]):

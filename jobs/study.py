@@ -38,7 +38,7 @@ from pipeline.storage import Store, carries_credentials, first_line, mask
 from pipeline.tracking import connect, find_or_create_run, journal_dir, read_journal, statuses, tracking_uri
 from pipeline.train import provide_digits, was_interrupted
 
-if TYPE_CHECKING:  # they bring torch and scipy
+if TYPE_CHECKING:  # these import torch and scipy
     from pipeline.evaluate import EvaluateConfig
     from pipeline.hardware import Cost
     from pipeline.scaling import ComputePoint
@@ -48,54 +48,55 @@ HARDWARE: dict[str, tuple[dict[str, float], float]] = {
     "h100": ({"bf16": 989e12, "fp32": 67e12}, 3.0),
     "h200": ({"bf16": 989e12, "fp32": 67e12}, 3.8),
 }
-"""Peak dense FLOP/s by precision, from the vendor's data sheets, and a usual price in USD an hour."""
+"""Peak dense FLOP/s by precision, from the vendor's data sheets, and a typical price in USD per hour."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study file. Its sections `train:` and `evaluate:` hold flags of pipeline.train and pipeline.evaluate, as a
-    --config file does: what all runs have in common, and how each is measured at its budgets.
+    """A study file. Its sections `train:` and `evaluate:` hold flags of pipeline.train and pipeline.evaluate, like a
+    --config file: what all runs have in common, and how to measure each at its budgets.
     """
 
     name: str
-    """Of the study; its runs are in runs/NAME unless `out` says otherwise, its MLflow experiment is NAME."""
+    """Name of the study and of its MLflow experiment; its runs are in runs/NAME unless `out` is given."""
     values: tuple[str, ...]
-    """The sizes: values of the axis, one run or more each."""
+    """The sizes: values of the axis, each with one or more runs."""
     budgets: tuple[float, ...]
-    """FLOPs of training (forward and backward, 2 per MAC) at which each size is measured. Later ones come last: with
-    `separate` a budget's place in the list makes its seeds, so that those before it stay what they are."""
+    """Training FLOPs (forward and backward, 2 per MAC) at which to measure each size. Append later additions: with
+    `separate`, a budget's position in the list determines its seeds."""
     axis: str = "model.channels"
-    """Field of the network's configuration that the values are of."""
+    """Field of the network's configuration that `values` sets."""
     preset: str = "digits"
-    """Preset that the runs start from."""
+    """Preset of the runs."""
     seeds: tuple[int, ...] = (1,)
-    """Runs of each value at each budget, with different seeds: one number for all values, or one for each."""
+    """Number of runs, with different seeds, of each value at each budget: one number for all values, or one for each.
+    """
     separate: bool = True
-    """Whether each budget has runs of its own, with seeds of their own, so that its points are independent of the
-    other budgets'. Else one long run a seed is measured as it passes the budgets: cheaper by a third or so."""
+    """Whether each budget has its own runs and seeds, so that its points are independent of other budgets'. Otherwise
+    one long run per seed is measured as it passes the budgets, which is about a third cheaper."""
     lr: float = 1e-4
-    """Learning rate at 128 channels: a run with C channels has lr / sqrt(C / 128) (IDDPM section 6)."""
+    """Learning rate at 128 channels: a run with C channels uses lr / sqrt(C / 128) (IDDPM section 6)."""
     out: str = ""
     """Folder or URL of the study; default: runs/NAME."""
     train: tuple[str, ...] = ()
     """Flags of pipeline.train, from the file's section."""
     evaluate: tuple[str, ...] = ()
-    """Flags of pipeline.evaluate, likewise. Its metrics are some of nll, fid and kid, for which less is better."""
+    """Flags of pipeline.evaluate, likewise. Allowed metrics: nll, fid and kid, for which lower is better."""
 
     def __post_init__(self) -> None:
         if not self.values or len(set(self.values)) < len(self.values):
-            raise ValueError(f"values: got {self.values}, expected one or more, each once")
+            raise ValueError(f"values: got {self.values}, expected one or more distinct values")
         if not self.budgets or min(self.budgets) <= 0:
             raise ValueError(f"budgets: got {self.budgets}, expected one or more positive FLOPs")
-        if len({f"{budget:.3g}" for budget in self.budgets}) < len(self.budgets):  # runs are named by them
+        if len({f"{budget:.3g}" for budget in self.budgets}) < len(self.budgets):  # runs are named after them
             raise ValueError(f"budgets: got {self.budgets}, expected budgets that differ in their first three digits")
         if not self.separate and list(self.budgets) != sorted(self.budgets):
             raise ValueError(
-                f"budgets: got {self.budgets}, expected rising ones, which a run passes one after the other"
+                f"budgets: got {self.budgets}, expected ascending budgets, which a run passes one after the other"
             )
         if not self.axis.startswith("model."):
             raise ValueError(
-                f"axis: got {self.axis!r}, expected a field that sets the network's size: model.channels, …"
+                f"axis: got {self.axis!r}, expected a field that sets the network's size, such as model.channels"
             )
         for section, flags, own in (
             ("train", self.train, ("lr", "seed", "out", "horizon")),
@@ -104,13 +105,15 @@ class Study:
             if given := {f"--{name}" for name in own} & set(flags):
                 raise ValueError(f"{section}: got {', '.join(sorted(given))}, which a study sets for each of its runs")
         if "--target-se" in self.evaluate:
-            raise ValueError("evaluate.target_se: points of different numbers of images do not compare; give `images`")
+            raise ValueError(
+                "evaluate.target_se: points with different numbers of images are not comparable; give `images` instead"
+            )
         if len(self.seeds) not in (1, len(self.values)) or min(self.seeds) < 1:
-            raise ValueError(f"seeds: got {self.seeds}, expected one number, or one for each of the values, 1 or more")
+            raise ValueError(f"seeds: got {self.seeds}, expected one number, or one for each value, all 1 or more")
 
     @property
     def folder(self) -> str:
-        """Or its URL."""
+        """Folder or URL of the study."""
         return self.out or f"runs/{self.name}"
 
     @property
@@ -119,24 +122,24 @@ class Study:
 
     @property
     def parent(self) -> str:
-        """The iddpm.uid of the MLflow run that the study's runs are below."""
+        """The iddpm.uid of the MLflow run that is the parent of the study's runs."""
         return sha256(f"{self.name} {self.out}".encode()).hexdigest()[:32]
 
     @cached_property
     def evaluation(self) -> "EvaluateConfig":
-        """How each point is measured, but for the run."""
+        """How to measure each point, apart from the run."""
         from pipeline.evaluate import EvaluateConfig
 
         options = parse_flags(EvaluateConfig, [self.name, *self.evaluate], "The study's `evaluate:` section.")
         if any(map(carries_credentials, self.evaluate)):
-            fail_usage(ValueError("evaluate: an address there carries credentials, which would be recorded"))
+            fail_usage(ValueError("evaluate: a URL there carries credentials, which would be recorded"))
         if options.wanted - {"nll", "fid", "kid"}:
-            fail_usage(ValueError(f"evaluate.metrics: got {options.metrics!r}, expected some of nll, fid, kid"))
+            fail_usage(ValueError(f"evaluate.metrics: got {options.metrics!r}, expected comma-separated nll, fid, kid"))
         return replace(options, storage=self.runs[0].config.storage)
 
     @cached_property
     def runs(self) -> "list[Run]":
-        """All runs, the smallest first."""
+        """All runs, smallest first."""
         made = []
         seeds = self.seeds * (len(self.values) if len(self.seeds) == 1 else 1)
         groups = [(b,) for b in self.budgets] if self.separate else [self.budgets]
@@ -163,7 +166,7 @@ class Run:
     value: str
     budgets: tuple[float, ...]
     flags: tuple[str, ...]
-    """Of pipeline.train, all but the horizon."""
+    """Flags of pipeline.train, except the horizon."""
     config: TrainConfig
 
     def at(self, budget: float) -> TrainConfig:
@@ -173,12 +176,12 @@ class Run:
         return [sys.executable, "-m", "pipeline.train", *self.flags, "--horizon", f"{budget!r}flops"]
 
     def point(self, budget: float) -> str:
-        """The name of its measurement in the study's store."""
+        """Return the name of its measurement in the study's store."""
         return f"points/{self.name}-{budget:.4g}.json"
 
 
 def load_study(path: Path) -> Study:
-    """Read a study file; a bad field prints its message and ends with status 2."""
+    """Read a study file; on an invalid field, print a message and exit with status 2."""
     sections: dict[str, list[str]] = {"": [], "train": [], "evaluate": []}
     section = ""
     for word in file_flags(str(path)):
@@ -198,7 +201,7 @@ def load_study(path: Path) -> Study:
 
 @dataclass(frozen=True)
 class OfStudy:
-    """What each command takes."""
+    """Options of every command."""
 
     study: tyro.conf.Positional[Path]
     """The study file."""
@@ -209,30 +212,30 @@ class OfStudy:
 
 @dataclass(frozen=True)
 class Plan(OfStudy):
-    """Print what the study will cost, without training: each run's size, FLOPs, steps, memory, hours, money."""
+    """Print the study's cost without training: each run's size, FLOPs, steps, memory, hours and price."""
 
     hardware: str = "h100"
     """Device: a100, h100, h200, or `here` to measure this machine's peak."""
     utilisation: float | None = None
-    """Part of the peak that training reaches; default: 0.3, or with `here` what this study's runs have reached."""
+    """Fraction of the peak that training reaches; default: 0.3, or with `here` what this study's runs have reached."""
     price: float | None = None
-    """USD for a device and hour; default: a usual one for the hardware, 0 here."""
+    """USD per device-hour; default: a typical price of the hardware, 0 for `here`."""
 
     def __post_init__(self) -> None:
         if self.hardware not in (*HARDWARE, "here"):
             raise ValueError(f"--hardware: got {self.hardware!r}, expected one of {', '.join(HARDWARE)}, here")
         if self.utilisation is not None and not 0 < self.utilisation <= 1:
-            raise ValueError(f"--utilisation: got {self.utilisation}, expected a part of the peak, in (0, 1]")
+            raise ValueError(f"--utilisation: got {self.utilisation}, expected a fraction of the peak, in (0, 1]")
 
 
 def count_sizes(study: Study) -> "dict[str, Cost]":
-    """Of each value; ValueError where two have as many parameters, which the fits would take for one network."""
+    """Count each value's cost. Raises ValueError if two have equally many parameters: fits would treat them as one."""
     from pipeline.hardware import count
 
     costs = {value: count(next(r for r in study.runs if r.value == value).config) for value in study.values}
     if len({cost.parameters for cost in costs.values()}) < len(costs):
         shown = ", ".join(f"{value}: {cost.parameters:,}" for value, cost in costs.items())
-        raise ValueError(f"values: got networks with as many parameters as others ({shown}), expected different sizes")
+        raise ValueError(f"values: got networks with equal numbers of parameters ({shown}), expected different sizes")
     return costs
 
 
@@ -244,7 +247,7 @@ def plan(options: Plan) -> None:
     sizes = f"{len(study.runs)} runs of {len(study.values)} sizes ({study.axis})"
     print(f"{study.name}: {sizes}, at {len(study.budgets)} budgets")
     print(f"{options.hardware}, {source}: {peak / 1e12:.3g} TFLOP/s sustained")
-    print("FLOPs count 2 for each multiply-accumulate (MAC); training costs 3 forward passes; the papers count MACs.\n")
+    print("FLOPs count 2 per multiply-accumulate (MAC); training costs 3 forward passes; the papers count MACs.\n")
     rows = [["run", "lr", "parameters", "MACs fwd", "FLOPs train", "budget", "steps", "epochs", "memory"]]
     rows[0] += ["measuring", "hours", "USD"]
     training = measuring = 0.0
@@ -283,19 +286,19 @@ def plan(options: Plan) -> None:
 
 
 def _unequal(run: Run, steps: int, images: int | None) -> list[str]:
-    """Why a run's first measurement, after so many steps, is not comparable with those of longer runs."""
+    """Say why a run's first measurement, after `steps` steps, is not comparable with those of longer runs."""
     config, said = run.config, []
     if images and steps * config.batch_size < images:
         said.append("a horizon below one epoch")
     if config.warmup_steps > 0.1 * steps:
-        said.append(f"unequal schedules, warm-up of {config.warmup_steps} steps is over a tenth of the run")
+        said.append(f"unequal schedules, a warm-up of {config.warmup_steps} steps is over a tenth of the run")
     if (memory := 1 / (1 - config.ema_rates[0])) > 0.2 * steps:
         said.append(f"unequal schedules, a moving average over {memory:,.0f} steps is over a fifth of the run")
     return said
 
 
 def _speed(options: Plan, study: Study) -> tuple[float, float, str]:
-    """Sustained FLOP/s, price, and how they are known."""
+    """Return sustained FLOP/s, price, and the source of these values."""
     from pipeline.hardware import peak_flops
     from pipeline.world import World, pick_device
 
@@ -307,7 +310,7 @@ def _speed(options: Plan, study: Study) -> tuple[float, float, str]:
         peaks, usual = HARDWARE[options.hardware]
         if precision not in peaks:
             raise ValueError(
-                f"--hardware: no peak is known for {options.hardware} in {precision}, expected {list(peaks)}"
+                f"--hardware: the peak of {options.hardware} is not known for {precision}, expected {list(peaks)}"
             )
         peak, price = peaks[precision], usual if price is None else price
     runs = study.runs if options.hardware == "here" else []  # utilisation is relative to the peak measured there
@@ -334,16 +337,16 @@ def _training_images(study: Study) -> int | None:
 
 @dataclass(frozen=True)
 class Execute(OfStudy):
-    """Train and measure what is not done yet. The same command again goes on where it was stopped."""
+    """Train and measure the unfinished runs. Running the same command again resumes."""
 
     launcher: Literal["local", "slurm", "ray"] = "local"
-    """local: here; slurm: submit slurm/study.sh as an array; ray: submit a job for each run."""
+    """local: on this machine; slurm: submit slurm/study.sh as an array; ray: submit a job for each run."""
     jobs: int = 1
-    """Runs at a time, here."""
+    """Number of simultaneous runs on this machine."""
     only: str | None = None
-    """One run, by its name or its number from 0: what a Slurm array's task does."""
+    """Only one run, by its name or its number from 0, like each task of a Slurm array."""
     prefix: str = ""
-    """Words before each training command, such as 'srun --mpi=none --kill-on-bad-exit=1'."""
+    """Prefix for each training command, such as 'srun --mpi=none --kill-on-bad-exit=1'."""
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
@@ -381,7 +384,7 @@ def execute(options: Execute) -> int:
         print(f"{run.name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
         return status
 
-    # The longest first: at the end no core waits for one that came last.
+    # Longest first, so that no core waits for a long run that started last.
     todo.sort(key=lambda run: -run.budgets[-1])
     with ThreadPoolExecutor(options.jobs) as pool:
         statuses = list(pool.map(start, todo))
@@ -389,18 +392,18 @@ def execute(options: Execute) -> int:
 
 
 def _submit_array(study: Study, todo: Sequence[Run], file: Path) -> int:
-    """Submit an array of the runs to Slurm; sbatch's exit status."""
+    """Submit an array of the runs to Slurm; return sbatch's exit status."""
     numbers = ",".join(str(study.runs.index(run)) for run in todo)
     words = [f"--array={numbers}", f"--job-name={study.name}", "slurm/study.sh", str(file)]
     if not shutil.which("sbatch"):
-        raise ValueError("--launcher slurm: there is no sbatch here; submit from one of the cluster's login nodes")
+        raise ValueError("--launcher slurm: sbatch is not installed here; submit from a login node of the cluster")
     if not Path("slurm/study.sh").exists():
-        raise ValueError("--launcher slurm: there is no slurm/study.sh here; submit from the repository's root")
+        raise ValueError("--launcher slurm: no slurm/study.sh in this folder; submit from the repository's root")
     return subprocess.run(["sbatch", *words]).returncode
 
 
 def _submit_jobs(study: Study, todo: Sequence[Run], options: Execute) -> None:
-    """A Ray job for each run that has none waiting or running, on one GPU (with `device: cpu`, on one CPU)."""
+    """Submit a Ray job for each run without a pending or running one, on one GPU (with `device: cpu`, on one CPU)."""
     import yaml
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
@@ -409,11 +412,11 @@ def _submit_jobs(study: Study, todo: Sequence[Run], options: Execute) -> None:
     if "://" not in out and not Path(out).is_absolute():
         raise ValueError(f"out: got {out}, expected a URL, or an absolute path on a file system that all nodes share")
     if not file.is_relative_to(Path.cwd()):
-        raise ValueError(f"study: got {file}, expected a file below {Path.cwd()}, which is what a Ray job brings along")
+        raise ValueError(f"study: got {file}, expected a file below {Path.cwd()}, the only folder a Ray job uploads")
     _prepare(study)
     env = yaml.safe_load(Path(__file__).with_name("ray-env.yaml").read_text())
     command = ["python", "-m", "jobs.study", "run", str(file.relative_to(Path.cwd())), "--only"]
-    prefix = options.prefix or "env -u RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the job itself, not on workers of its own
+    prefix = options.prefix or "env -u RAY_JOB_CONFIG_JSON_ENV_VAR"  # train in the job itself, without separate workers
     on_cpu = study.runs[0].config.launch.device == "cpu"
     try:
         client = JobSubmissionClient()
@@ -421,10 +424,10 @@ def _submit_jobs(study: Study, todo: Sequence[Run], options: Execute) -> None:
         for run in todo:
             name = f"{study.name}-{run.name}"
             if (status := jobs.get(name)) and not status.is_terminal():
-                print(f"{name}: {status.lower()} already")
+                print(f"{name}: already {status.lower()}")
                 continue
             if status:
-                client.delete_job(name)  # its name is taken again
+                client.delete_job(name)  # its name is reused
             client.submit_job(
                 entrypoint=shlex.join([*command, run.name, "--prefix", prefix]),
                 submission_id=name,
@@ -434,7 +437,7 @@ def _submit_jobs(study: Study, todo: Sequence[Run], options: Execute) -> None:
             )
             print(f"{name}: submitted", flush=True)
     except (RuntimeError, RayError) as error:
-        raise ValueError(f"Ray refuses: {first_line(error)}") from error
+        raise ValueError(f"Ray rejected the job: {first_line(error)}") from error
 
 
 def _find(study: Study, which: str) -> Run:
@@ -447,7 +450,7 @@ def _find(study: Study, which: str) -> Run:
 
 
 def _prepare(study: Study) -> None:
-    """What must be there before many runs start at once, or no run needs to: the data, what images are measured by,
+    """Prepare what concurrent runs share, and check that they can be measured: the data, the image metrics' features,
     the MLflow database, the runs' parent.
     """
     from pipeline.data import load_index
@@ -457,15 +460,13 @@ def _prepare(study: Study) -> None:
     config, options = study.runs[0].config, study.evaluation
     rates = (None, 0, *config.ema_rates)
     if options.ema_rate not in rates:
-        raise ValueError(
-            f"evaluate.ema_rate: got {options.ema_rate}, the runs have {', '.join(map(str, rates[2:]))}, or 0"
-        )
+        raise ValueError(f"evaluate.ema_rate: got {options.ema_rate}, expected {', '.join(map(str, rates[2:]))}, or 0")
     study.store.check(write=True, once=True)
     provide_digits(config)
     data = Store(options.data or config.data.url, config.storage)
     if "nll" in options.wanted:
         options.plan.check(config.diffusion.timesteps)
-        if data.local is None or data.local.exists():  # or it is the nodes' alone
+        if data.local is None or data.local.exists():  # or only the nodes have it
             load_index(data, options.split)
     if options.wanted - {"nll"}:
         image_tools(options, config, data, World())
@@ -475,18 +476,18 @@ def _prepare(study: Study) -> None:
     try:
         client = connect(tracking_uri(tracking))
         client.update_run(find_or_create_run(client, study.name, study.parent, study.name, {}), status="RUNNING")
-    except Exception as error:  # a tracking server's troubles are never the study's
+    except Exception as error:  # a failing tracking server must not stop the study
         reason = mask(str(error))
-        print(f"warning: MLflow does not answer ({reason}); the journals below {study.store} have all", flush=True)
+        print(f"warning: MLflow does not answer ({reason}); the journals in {study.store} are complete", flush=True)
 
 
 def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
-    """Train a run to each of its budgets in turn, and measure it there, or else at the budgets where that works."""
+    """Train a run to each of its budgets in turn and measure it there; report at the end where that is impossible."""
     problems = []
     for budget in missing(study, run):
         children = Children()
         if status := children.run([*prefix, *run.command(budget)]):
-            # srun kills the tasks that leave last, and their status hides the others'.
+            # srun kills the last tasks to exit, and their status hides the others'.
             return INTERRUPTED_STATUS if status > 128 and was_interrupted(run.config) else status
         children.let_go()
         if children.stop:
@@ -501,12 +502,18 @@ def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
 
 
 def missing(study: Study, run: Run) -> list[float]:
-    """The budgets at which the run is not measured as the study says; ValueError where it was another run."""
+    """Return the budgets at which the run is not yet measured as the study says.
+
+    Raises ValueError if the measured run had another configuration.
+    """
     return [budget for budget in run.budgets if not _point(study, run, budget)]
 
 
 def _point(study: Study, run: Run, budget: float) -> dict[str, Any] | None:
-    """What is measured of a run at a budget, as the study says; ValueError where it was another run."""
+    """Return a run's measurement at a budget, if it was made as the study says.
+
+    Raises ValueError if the measured run had another configuration.
+    """
     try:
         content: dict[str, Any] = json.loads(study.store.read(run.point(budget)))
     except FileNotFoundError:
@@ -516,7 +523,7 @@ def _point(study: Study, run: Run, budget: float) -> dict[str, Any] | None:
 
 
 class Children:
-    """The processes of this one. A signal that asks it to stop is passed on to them, and no more are started."""
+    """Child processes. A signal to stop is passed on to them, and no more are started."""
 
     def __init__(self) -> None:
         self.running: list[subprocess.Popen[bytes]] = []
@@ -525,33 +532,33 @@ class Children:
             signal.signal(number, self._end)
 
     def let_go(self) -> None:
-        """From now on a signal ends this process, as any other."""
+        """Restore the default signal handlers: from now on a signal ends this process."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
 
     def _end(self, number: int, _: object) -> None:
         self.stop = True
         for process in list(self.running):
-            # USR1 as it came, for at SIGTERM srun kills its tasks; Ctrl-C as SIGTERM, for srun would not pass it on.
+            # USR1 unchanged, since srun kills its tasks at SIGTERM; Ctrl-C as SIGTERM, since srun does not pass it on.
             process.send_signal(number if number == signal.SIGUSR1 else signal.SIGTERM)
 
     def run(self, command: Sequence[str], log: IO[bytes] | None = None, env: dict[str, str] | None = None) -> int:
-        """The exit status of a command: INTERRUPTED_STATUS where a signal ended it, or kept it from starting."""
+        """Run a command; return its exit status, or INTERRUPTED_STATUS if a signal ended it or prevented its start."""
         if self.stop:
             return INTERRUPTED_STATUS
-        # A session of its own: what Ctrl-C sends to all comes to it once, from here.
+        # In its own session, so that Ctrl-C reaches it only once, from here.
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         self.running.append(process)
-        if self.stop:  # the signal came in between
+        if self.stop:  # the signal came meanwhile
             process.terminate()
         status = process.wait()
         self.running.remove(process)
-        # Killed (by srun's account: above 128) before it could catch the signal.
+        # Killed (srun reports above 128) before it could handle the signal.
         return INTERRUPTED_STATUS if self.stop and not 0 <= status <= 128 else status
 
 
 def measure(study: Study, run: Run, budget: float) -> None:
-    """Write the point of a run that has reached its budget: to the study's store, the journal and MLflow."""
+    """Measure a run that has reached its budget; write the point to the study's store, the journal and MLflow."""
     from iddpm.flops import count_parameters, train_flops
     from pipeline import evaluate
     from pipeline.sample import load_trained
@@ -588,10 +595,10 @@ def measure(study: Study, run: Run, budget: float) -> None:
 
 @dataclass(frozen=True)
 class Status(OfStudy):
-    """Show how far each run is."""
+    """Show each run's progress."""
 
     watch: float = 0.0
-    """Show it again every so many seconds; 0: once."""
+    """Refresh interval in seconds; 0: once."""
 
 
 def status(options: Status) -> None:
@@ -621,19 +628,19 @@ def status(options: Status) -> None:
 
 @dataclass(frozen=True)
 class Fit(OfStudy):
-    """Fit the scaling laws to what is measured, and print them with their intervals."""
+    """Fit the scaling laws to the measured points and print them with intervals."""
 
 
 @dataclass(frozen=True)
 class Report(OfStudy):
-    """Fit, draw and write everything into one HTML file and PNGs, and log them to the study's MLflow run."""
+    """Fit and plot everything, write one HTML file and PNGs, and log them to the study's MLflow run."""
 
     out: str = ""
-    """Folder to write into; default: report/ in the study's own, or runs/NAME/report for a remote one."""
+    """Folder to write to; default: report/ in the study's folder, or runs/NAME/report for a remote study."""
 
 
 def load_points(study: Study) -> "dict[str, list[ComputePoint]]":
-    """What is measured of the study's own runs as it says, by metric."""
+    """Return the measured points of the study's runs, by metric."""
     from pipeline.scaling import ComputePoint
 
     found: dict[str, list[ComputePoint]] = {}
@@ -645,13 +652,13 @@ def load_points(study: Study) -> "dict[str, list[ComputePoint]]":
 
 
 def journal(run: Run) -> list[dict[str, Any]]:
-    """A run's history: as written here, else the copy under its URL."""
+    """Read a run's history: the local journal, else the copy under its URL."""
     config = run.config
     return read_journal(journal_dir(config.out)) or read_journal(Store(config.out, config.storage))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, numbers to the right."""
+    """Format rows as a table: the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -1,6 +1,6 @@
-"""What a run is: frozen dataclasses, parsed from the command line by tyro.
+"""A run's configuration: frozen dataclasses, parsed from the command line by tyro.
 
-This module imports neither torch nor any client library, so that `--help` answers at once.
+This module imports neither torch nor any client library, so `--help` answers at once.
 Precedence: preset < YAML file (`--config`) < flags.
 """
 
@@ -23,32 +23,32 @@ from pipeline.storage import StorageConfig
 T = TypeVar("T")
 
 INTERRUPTED_FILE = "interrupted.json"
-"""In a run's folder after a signal stopped it: whoever started it decides by this whether to start it again."""
+"""Written to a run's folder after a signal stopped it; tells whoever started the run whether to start it again."""
 INTERRUPTED_STATUS = 75
 """Exit status after a signal and a checkpoint: the same command resumes (BSD's EX_TEMPFAIL)."""
 
 
 def slurm_attempt() -> str:
-    """Which start of which Slurm job this is part of, if any: a mark of an earlier one says nothing of this one."""
+    """Identify the current start of the Slurm job, if any; an earlier start's mark says nothing about this one."""
     return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how they are streamed."""
+    """Which images to train on, and how to stream them."""
 
     url: str = "data/digits"
     """Folder or URL (s3://bucket/prefix) of the shards that `python -m pipeline.prepare` wrote."""
     window: int = 8
-    """Shards whose samples are mixed with each other: larger mixes better and caches more."""
+    """Shards shuffled together: more shards mix better but need a larger cache."""
     random_flip: bool = False
     """Mirror each image left-right with probability 1/2."""
     workers: int = 1
-    """Threads that read and decode, per rank."""
+    """Threads per rank that read and decode images."""
     cache_dir: str = "~/.cache/iddpm/shards"
-    """Node-local folder for shards read from a remote URL, shared by the ranks of a node."""
+    """Local folder for shards of a remote URL, shared by the ranks of a node."""
     cache_gb: float = 50.0
-    """Upper bound of that cache, in GB (10^9 bytes)."""
+    """Maximum size of that cache, in GB (10^9 bytes)."""
 
     def __post_init__(self) -> None:
         _positive(self, "data", "window", "workers", "cache_gb")
@@ -56,38 +56,39 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where the run's history goes. A local journal is always written as well."""
+    """Where to send the run's history; a local journal is always written as well."""
 
     uri: str | None = None
-    """MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db. 'none' for the journal only."""
+    """MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db. 'none': journal only."""
     experiment: str = "iddpm"
-    """MLflow experiment."""
+    """MLflow experiment; takes effect when the run begins."""
     name: str | None = None
-    """Name of the run in MLflow; default: the last part of --out."""
+    """Name of the run in MLflow; default: the last part of the run's folder or URL. Takes effect when the run begins.
+    """
     parent: str | None = None
-    """The iddpm.uid of the MLflow run that this one is shown below, as the runs of a study are below its own."""
+    """iddpm.uid of the parent MLflow run; set by studies. Takes effect when the run begins."""
     flush_s: float = 30.0
-    """Longest wait, in seconds, for a slow tracking server when the run ends; the journal can be sent later."""
+    """Longest time, in seconds, to wait for a slow tracking server at the end; the journal can be sent later."""
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How many processes, and who started them."""
+    """How many processes run, who starts them, and how they compute."""
 
     launcher: Literal["auto", "local", "torchrun", "mpi", "slurm", "ray"] = "auto"
-    """Who starts the workers; 'auto' looks at the environment."""
+    """What starts the workers; 'auto' decides by the environment."""
     workers: int | None = None
-    """Workers to start under Ray; default: one per GPU of the cluster, or one per CPU where there is no GPU."""
+    """Number of workers (Ray only); default: one per GPU of the cluster, or one per CPU if it has no GPU."""
     min_workers: int = 1
-    """Workers that are enough for Ray to start with, or to go on with after a node is lost."""
+    """Fewest workers with which Ray may start, or continue after losing a node."""
     retries: int = 3
-    """Times that Ray restarts a failed worker group from the newest checkpoint."""
+    """How often Ray restarts a failed worker group from the newest checkpoint."""
     timeout_s: float = 300.0
-    """Seconds after which the others give up on a rank that died or hangs."""
+    """Seconds to wait for a hung rank before the others stop."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; 'auto' takes a GPU where there is one."""
+    """Device to compute on; 'auto' uses a GPU if there is one."""
     compile: bool = False
-    """Fuse normalisation and activation by torch.compile, half a minute's work at the first step: for long runs."""
+    """Fuse normalisation and activation with torch.compile (adds about 30 s at the first step)."""
 
     def __post_init__(self) -> None:
         _positive(self, "", "timeout_s", "min_workers", "workers")
@@ -98,16 +99,16 @@ class TrainConfig:
     """A training run."""
 
     out: str = "runs/digits"
-    """Folder or URL for checkpoints and samples. The same command run again resumes what is there."""
+    """Folder or URL for checkpoints and samples. Running the same command again resumes the run there."""
     horizon: str = "4000steps"
     """Where training ends: `4000steps`, `1e6images` or `2.5e18flops` (forward and backward, 2 per MAC)."""
     seed: int = 0
-    """Seed of everything: weights, order of the data, timesteps, noise."""
+    """Seed of everything: weights, data order, timesteps, noise."""
     batch_size: int = 128
-    """Images a step, over all ranks."""
+    """Images per step, over all ranks."""
     microbatch: int | None = None
-    """Most images in one forward pass on one rank; default: its whole share of the batch, and when it draws or
-    evaluates what `pipeline.evaluate` takes."""
+    """Largest number of images per forward pass on one rank; default: its whole share (evaluation: as
+    pipeline.evaluate)."""
     lr: float = 1e-4
     """AdamW's learning rate."""
     weight_decay: float = 0.0
@@ -115,33 +116,33 @@ class TrainConfig:
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     ema_rates: tuple[float, ...] = (0.9999,)
-    """Decay rates of the moving averages of the weights, one average each; the first draws the sample grids."""
+    """Decay rates of the moving averages of the weights, one average per rate; the first draws the sample grids."""
     timestep_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
     """Distribution of the training timesteps; loss-second-moment is the importance sampler for L_vlb (IDDPM eq. 18)."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Arithmetic of the network: bf16 is autocast over fp32 weights; fp64 is for testing."""
     checkpoint_activations: bool = False
-    """Recompute activations in the backward pass: much less memory, about a third more time."""
+    """Recompute activations in the backward pass: takes much less memory and about a third more time."""
     log_every: int = 50
     """Steps between log lines."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     keep_last: int = 3
-    """Newest checkpoints that are kept."""
+    """How many of the newest checkpoints to keep."""
     keep_every: int | None = None
-    """Keep, besides, the checkpoints at multiples of this many steps."""
+    """Also keep checkpoints at multiples of this many steps."""
     sample_every: int = 1000
-    """Steps between sample grids; 0 for none but the last."""
+    """Steps between sample grids; 0: only at the end."""
     sample_count: int = 64
     """Images in a sample grid."""
     sample_steps: int = 100
     """Steps of the strided ancestral chain that draws the grid."""
     eval_every: int = 0
-    """Steps between evaluations of the first moving average; 0 for none."""
+    """Steps between evaluations of the first moving average; 0: never."""
     eval_metrics: str = "nll"
-    """What they measure, as `python -m pipeline.evaluate --metrics`; fid and its kin with `--features trained`."""
+    """Metrics to evaluate (see pipeline.evaluate --metrics); image metrics use `--features trained`."""
     eval_images: int = 256
-    """Validation images for nll, and images drawn for the others."""
+    """Validation images for nll, and images to draw for image metrics."""
     model: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -171,12 +172,12 @@ class TrainConfig:
 
     @property
     def out_channels(self) -> int:
-        """Channels that the network puts out: a mean and, where it is learned, a variance."""
+        """Output channels of the network: a mean and, if it is learned, a variance."""
         return self.diffusion.out_channels(self.model.in_channels)
 
 
 def parse_horizon(text: str) -> tuple[float, str]:
-    """`"2.5e18flops"` -> (2.5e18, "flops"). Raises ValueError where it is not a number and a unit."""
+    """`"2.5e18flops"` -> (2.5e18, "flops"). Raises ValueError unless it is a positive number with a unit."""
     for unit in ("steps", "images", "flops"):
         if text.endswith(unit):
             try:
@@ -186,12 +187,12 @@ def parse_horizon(text: str) -> tuple[float, str]:
             if 0 < amount < math.inf:
                 return amount, unit
     raise ValueError(
-        f"--horizon: got {text!r}, expected a positive number and its unit, as in 4000steps, 1e6images, 2.5e18flops"
+        f"--horizon: got {text!r}, expected a positive number with a unit, such as 4000steps, 1e6images, 2.5e18flops"
     )
 
 
 def horizon_steps(config: TrainConfig, train_flops_per_image: int) -> int:
-    """Steps until the horizon: the first step at which it is reached or passed."""
+    """Return the first step at which the horizon is reached or passed."""
     amount, unit = parse_horizon(config.horizon)
     per_step = {
         "steps": 1,
@@ -205,10 +206,10 @@ METRICS = ("nll", "fid", "is", "kid", "precision", "recall")
 
 
 def check_metrics(text: str, flag: str) -> set[str]:
-    """The names in a list with commas; ValueError for one that is not in METRICS."""
+    """Parse a comma-separated list of metrics. Raises ValueError for a name that is not in METRICS."""
     names = {name.strip() for name in text.split(",") if name.strip()}
     if not names or names - set(METRICS):
-        raise ValueError(f"{flag}: got {text!r}, expected some of {', '.join(METRICS)}, with commas")
+        raise ValueError(f"{flag}: got {text!r}, expected a comma-separated list of {', '.join(METRICS)}")
     return names
 
 
@@ -216,9 +217,9 @@ def check_metrics(text: str, flag: str) -> set[str]:
 
 
 def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
-    """The command line's TrainConfig, and whether `--dry-run` was given.
+    """Parse the command line; return its TrainConfig and whether `--dry-run` was given.
 
-    Prints and exits with status 2 on a bad flag or value, as every argument parser does.
+    On an invalid flag or value, prints a message and exits with status 2, as argument parsers do.
     """
     from pipeline.presets import PRESETS
 
@@ -236,13 +237,13 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
 
 
 def parse_flags(kind: type[T], argv: Sequence[str], description: str, default: T | None = None) -> T:
-    """Parse `argv` into the dataclass `kind`; a bad flag or value prints its message and exits with status 2."""
+    """Parse `argv` into the dataclass `kind`; on an invalid flag or value, print a message and exit with status 2."""
     defaults: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(kind, args=list(argv), description=description, prog=_program(), **defaults)
 
 
 def _program() -> str | None:
-    """How the program was started, for its messages."""
+    """Return the command that started the program, for its messages."""
     spec = sys.modules["__main__"].__spec__
     return f"python -m {spec.name}" if spec else None
 
@@ -255,16 +256,16 @@ def fail_usage(error: Exception) -> NoReturn:
 def _description(preset: str, presets: list[str]) -> str:
     return (
         "Train an Improved DDPM, on one machine or under torchrun, mpirun, srun or Ray.\n\n"
-        f"--preset NAME takes its defaults from one of: {', '.join(presets)} (shown below: {preset}). "
+        f"--preset NAME chooses the defaults: {', '.join(presets)} (shown below: {preset}). "
         "--config FILE.yaml overrides them, and flags override both. "
-        "--dry-run prints the resolved run with its parameters, FLOPs and memory, and stops. "
-        "The same command run again resumes the run. "
-        "Exit status: 0 done, 75 interrupted by a signal and checkpointed (run again), 1 failed, 2 bad usage."
+        "--dry-run prints the resolved configuration, its parameters, FLOPs and memory, and starts nothing. "
+        "Running the same command again resumes the run. "
+        "Exit status: 0 finished, 75 interrupted by a signal and checkpointed (run again), 1 failed, 2 bad usage."
     )
 
 
 def file_flags(path: str) -> list[str]:
-    """A YAML file as flags, so that one parser validates both."""
+    """Convert a YAML file to flags, so that one parser validates both."""
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -295,8 +296,7 @@ def _positive(config: object, prefix: str, *names: str) -> None:
 
 # ----------------------------------------------------------------------------------- recorded runs
 
-# How and where a run is executed is not part of what it is: these may change when it resumes, and may hold
-# what must not be recorded.
+# How and where a run executes is not part of its identity: these may change when it resumes, and may hold secrets.
 _UNRECORDED = ("storage", "launch", "tracking")
 _MAY_CHANGE = {
     *("out", "horizon", "microbatch", "checkpoint_activations", "log_every", "checkpoint_every", "keep_last"),
@@ -306,18 +306,18 @@ _MAY_CHANGE = {
 
 
 def record(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain data for checkpoints, the journal and MLflow: no endpoint, no credential."""
+    """Return the configuration as plain data for checkpoints, journal and MLflow, without endpoints or credentials."""
     content = dataclasses.asdict(config)
     return {name: _plain(value) for name, value in content.items() if name not in _UNRECORDED}
 
 
 def from_record(content: dict[str, Any]) -> TrainConfig:
-    """The configuration that `record` wrote. Raises ValueError where a field is unknown or invalid."""
+    """Rebuild the configuration that `record` wrote. Raises ValueError if a field is unknown or invalid."""
     return _build(TrainConfig, content, "")
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
+    """Flatten nested mappings into one with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, dict):
@@ -328,8 +328,8 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_same_run(recorded: dict[str, Any], config: TrainConfig) -> None:
-    """Raise ValueError, naming the fields, where `config` would not continue the recorded run."""
-    old, new = flatten(record(from_record(recorded))), flatten(record(config))  # with defaults of fields that are new
+    """Raise ValueError, naming the fields, if `config` would not continue the recorded run."""
+    old, new = flatten(record(from_record(recorded))), flatten(record(config))  # new fields get their defaults
     changed = [
         f"  --{_flag(name)}: the run has {old.get(name)}, got {new.get(name)}"
         for name in sorted(old.keys() | new.keys())

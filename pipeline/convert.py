@@ -1,6 +1,6 @@
-"""Take over published weights: `python -m pipeline.convert openai FILE.pt --preset imagenet64 --out RUN`.
+"""Convert published weights: `python -m pipeline.convert openai FILE.pt --preset imagenet64 --out RUN`.
 
-What it writes is a run with one checkpoint, which `pipeline.sample` and `pipeline.evaluate` take as any other.
+Writes a run with one checkpoint, which `pipeline.sample` and `pipeline.evaluate` accept like any other.
 """
 
 import sys
@@ -16,16 +16,16 @@ from pipeline.storage import Store
 
 USAGE = """usage: python -m pipeline.convert openai FILE.pt --preset NAME --out RUN [flags of pipeline.train]
 
-Makes a checkpoint of a published improved-diffusion model (.pt, tensors only). The preset and the flags say which
-model it is, as they would say to pipeline.train; names and shapes are checked. The published files hold an average of
-the weights: it becomes that of the run's first --ema-rates.
+Converts a published improved-diffusion model (.pt, tensors only) to a checkpoint. The preset and flags describe the
+model, as for pipeline.train; names and shapes are checked. Published files hold a moving average of the weights, which
+becomes the average of the run's first --ema-rates.
 """
 
 
 def convert(path: str, config: TrainConfig) -> None:
-    """Write the weights in the file as a checkpoint of the run at `config.out`.
+    """Write a file's weights as a checkpoint of the run at `config.out`.
 
-    ValueError where they are not that model's, or the run has a checkpoint.
+    Raises ValueError if they do not fit the model, or if the run already has a checkpoint.
     """
     weights = load_published(path, config.model, config.out_channels)
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
@@ -33,7 +33,7 @@ def convert(path: str, config: TrainConfig) -> None:
     run.check(write=True, once=True)
     checkpoints = Checkpoints(run)
     if any(r.kind == "checkpoint" for r in checkpoints.records()):
-        raise ValueError(f"--out {config.out}: has a checkpoint; give another")
+        raise ValueError(f"--out {config.out}: already has a checkpoint; give another")
     meta = {
         "images": 0,
         "config": record(config),
@@ -46,7 +46,7 @@ def convert(path: str, config: TrainConfig) -> None:
     writer = checkpoints.claim({"launcher": "convert", "world_size": 1})
     writer.save(0, parts, meta, keep_last=1, keep_every=None)
     writer.close()
-    print(f"{path}: {sum(t.numel() for t in weights.values()):,} parameters, now the checkpoint of {config.out}")
+    print(f"{path}: {sum(t.numel() for t in weights.values()):,} parameters written as a checkpoint of {config.out}")
 
 
 def main(argv: list[str]) -> None:
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         fail_usage(ValueError("--out: expected a folder or URL for the run"))
     config, dry_run = parse_train(argv[2:])
     if dry_run:
-        fail_usage(ValueError("--dry-run: got it, but a conversion has none"))
+        fail_usage(ValueError("--dry-run: not supported by pipeline.convert"))
     try:
         convert(argv[1], config)
     except (ValueError, OSError) as error:

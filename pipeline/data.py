@@ -1,13 +1,11 @@
 """Shards, their index, and the ordered stream of batches.
 
-A dataset split is a set of WebDataset tars `{split}-{i:05d}.tar` and one `{split}.index.json` beside them. A
-sample is two members, the image and `{key}.cls`, the label as text. The image is `{key}.npy` (uint8 [C, H,
-W]) or `{key}.png`; the webdataset package decodes both. The index knows where each sample lies and its
-checksum.
+A dataset split is a set of WebDataset tars `{split}-{i:05d}.tar` and one `{split}.index.json` next to them. A sample
+is two members, the image and `{key}.cls`, the label as text. The image is `{key}.npy` (uint8 [C, H, W]) or
+`{key}.png`; the webdataset package decodes both. The index has each sample's location and checksum.
 
-The sequence of samples is a pure function of (seed, dataset, window): position p of the run is always the
-same sample, whatever the number of ranks and workers, the state of the cache, or how often the run was
-interrupted.
+The sequence of samples is a pure function of (seed, dataset, window): position p of the run is always the same sample,
+whatever the number of ranks and workers, the state of the cache, or how often the run was interrupted.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """What is known of a split without opening a shard. Sample ids count up in the order of writing."""
+    """Everything about a split that can be known without opening a shard. Samples are numbered in written order."""
 
     split: str
     source: str
@@ -66,16 +64,15 @@ class ShardIndex:
     """(C, H, W) of every image."""
     class_names: tuple[str, ...]
     digest: str
-    """32 hex digits of a hash of the whole index, and thereby of all images and labels."""
+    """32 hex digits of a hash of the whole index, and thus of all images and labels."""
     shards: tuple[Shard, ...]
     starts: np.ndarray
-    """int64 [shards + 1]: id of each shard's first sample, and at the end the number of samples."""
+    """int64 [shards + 1]: id of each shard's first sample, then the number of samples."""
     offset: np.ndarray
     size: np.ndarray
     crc32: np.ndarray
     label: np.ndarray
-    """int64 [num_samples] each: where the image's bytes lie in its shard, how many, their CRC-32, the class.
-    """
+    """int64 [num_samples] each: an image's byte offset in its shard, its number of bytes, their CRC-32, the class."""
 
     @property
     def num_samples(self) -> int:
@@ -93,7 +90,7 @@ class ShardIndex:
 
 
 def pack_shard(samples: Iterable[tuple[str, np.ndarray, int]], encoding: Encoding) -> tuple[bytes, dict[str, Any]]:
-    """The bytes of a tar of (key, image uint8 [C, H, W], label) and its entry for the index.
+    """Pack (key, image uint8 [C, H, W], label) into a tar; return its bytes and its entry for the index.
 
     The same samples give the same bytes.
     """
@@ -122,7 +119,7 @@ def index_json(
     shape: tuple[int, int, int],
     class_names: Sequence[str],
 ) -> bytes:
-    """The file `{split}.index.json`; `entries` are those of `pack_shard` with their "name"."""
+    """Return the content of `{split}.index.json`; `entries` are `pack_shard`'s, each with a "name"."""
     content = {
         "format": FORMAT,
         "split": split,
@@ -183,7 +180,7 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
         content = json.loads(data)
         digest = content.pop("digest")
         if content["format"] != FORMAT:
-            raise StorageError(f"{where} has format {content['format']}, this program reads {FORMAT}: prepare it anew")
+            raise StorageError(f"{where} has format {content['format']}, expected {FORMAT}: prepare it again")
         if _digest(content) != digest:
             raise ValueError("its digest does not match")
         entries = content["shards"]
@@ -215,7 +212,7 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
 
 
 def _hashes(values: np.ndarray, *key: int | str) -> np.ndarray:
-    """uint64 hash of each value under a key."""
+    """Hash each value under a key to uint64."""
     import torch
 
     from iddpm.noise import random_bits, stream_key
@@ -224,12 +221,12 @@ def _hashes(values: np.ndarray, *key: int | str) -> np.ndarray:
 
 
 def permutation(n: int, *key: int | str) -> np.ndarray:
-    """int64 [n]: a shuffle of 0..n-1 that depends on the key alone, not on any library's random numbers."""
+    """Shuffle 0..n-1 (int64 [n]) by the key alone, not by any library's random numbers."""
     return np.argsort(_hashes(np.arange(n), *key), kind="stable")
 
 
 class _Order:
-    """The endless sequence of sample ids: shards shuffled, then the samples of each `window` of them."""
+    """The endless sequence of sample ids: shuffled shards, then shuffled samples within each `window` of shards."""
 
     def __init__(self, index: ShardIndex, seed: int, window: int) -> None:
         self.index, self.seed, self.window = index, seed, window
@@ -237,7 +234,7 @@ class _Order:
         self.ids = functools.lru_cache(maxsize=3)(self._ids)
 
     def _plan(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """The shards of each window and the positions in the epoch where the windows start."""
+        """Return each window's shards, and each window's first position in the epoch."""
         shards = permutation(len(self.index.shards), "shards", self.seed, epoch)
         windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
         counts = np.diff(self.index.starts)
@@ -249,14 +246,14 @@ class _Order:
         return ids[permutation(len(ids), "samples", self.seed, epoch, number)]
 
     def find(self, position: int) -> tuple[int, int, int]:
-        """(epoch, window, place in the window) of a position in the run."""
+        """Return the epoch, the window and the place in the window of a position in the run."""
         epoch, place = divmod(position, self.index.num_samples)
         starts = self.plan(epoch)[1]
         number = int(np.searchsorted(starts, place, side="right")) - 1
         return epoch, number, place - int(starts[number])
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """int64 [stop - start]: the sample ids at these positions of the run."""
+        """Return the sample ids at these positions of the run, int64 [stop - start]."""
         parts = [np.empty(0, np.int64)]
         while start < stop:
             epoch, number, place = self.find(start)
@@ -265,7 +262,7 @@ class _Order:
         return np.concatenate(parts)
 
     def shards_from(self, position: int, turn: float = 0.0) -> list[int]:
-        """The shards of the window at `position`, then of the next; each from the part `turn` of it on."""
+        """Return the shards of the window at `position`, then of the next, each rotated by the fraction `turn`."""
         epoch, number, _ = self.find(position)
         windows = self.plan(epoch)[0]
         after = windows[number + 1] if number + 1 < len(windows) else self.plan(epoch + 1)[0][0]
@@ -273,22 +270,22 @@ class _Order:
 
 
 def sample_order(index: ShardIndex, seed: int, epoch: int, window: int) -> np.ndarray:
-    """int64 [num_samples]: the ids of one epoch in the order in which the stream gives them."""
+    """Return one epoch's sample ids, int64 [num_samples], in stream order."""
     n = index.num_samples
     return _Order(index, seed, window).slice(epoch * n, (epoch + 1) * n)
 
 
 def epoch_digests(index: ShardIndex, batch: Batch) -> dict[int, int]:
-    """For each epoch in a batch the sum of its samples' hashes, modulo 2^64, as a signed 64-bit number.
+    """Sum the hashes of a batch's samples, for each epoch in it, modulo 2^64, as a signed 64-bit number.
 
-    Summed over all batches of an epoch and over all ranks (int64 sums wrap) it must be `expected_digest`.
+    Summed over all batches of an epoch and all ranks (int64 sums wrap around), this must equal `expected_digest`.
     """
     epochs, ids = batch.index.numpy() // index.num_samples, batch.ids.numpy()
     return {int(e): _sum(ids[epochs == e], int(e)) for e in np.unique(epochs)}
 
 
 def expected_digest(index: ShardIndex, epoch: int) -> int:
-    """The digest of an epoch in which each sample was seen exactly once."""
+    """Return the digest of an epoch in which each sample was seen exactly once."""
     return _sum(np.arange(index.num_samples), epoch)
 
 
@@ -298,11 +295,11 @@ def _sum(ids: np.ndarray, epoch: int) -> int:
 
 # --- opening shards ---
 
-_REPAIR = "run the same pipeline.prepare command again to write it anew (--verify URL lists all damage)"
+_REPAIR = "run the same pipeline.prepare command again to rewrite it (--verify URL lists all damage)"
 
 
 class _File:
-    """A shard open for reading: closed with its last reference, readable even after it was evicted."""
+    """A shard opened for reading; closed with its last reference, and readable even after eviction."""
 
     def __init__(self, descriptor: int, where: str, evict: Path | None = None) -> None:
         self.descriptor, self.where, self.evict = descriptor, where, evict
@@ -315,7 +312,7 @@ _verified: set[tuple[Any, ...]] = set()
 
 
 def _verify(file: _File, shard: Shard) -> bool:
-    """Whether the file has the shard's size and sha256; hashed once a process and file."""
+    """Whether the file has the shard's size and sha256; each process hashes each file once."""
     status = os.fstat(file.descriptor)
     key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, shard.sha256)
     if status.st_size != shard.bytes:
@@ -333,30 +330,30 @@ def _verify(file: _File, shard: Shard) -> bool:
 
 _BYPASS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
-    *(errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP),  # what flock says where there are no locks
+    *(errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP),  # from flock on file systems without locks
 )
 
 
 class Cache:
-    """Whole shards on a local disk, shared by all processes of a node, at most `max_bytes` of them.
+    """Shards on a local disk, at most `max_bytes`, shared by all processes of a node.
 
-    Files are named by their sha256 and appear by rename, so that a process may die at any point. Each of 256
-    lock files guards the shards whose hash starts with its number, `evict.lock` the sum of all; they are never removed.
+    Files are named by their sha256 and appear by rename, so a process may die at any point. Each of 256 lock files
+    guards the shards whose hash starts with its number, and `evict.lock` their total size; none is ever removed.
     """
 
     def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
         self.directory, self.max_bytes = Path(directory).expanduser(), max_bytes
-        self._unwarned = threading.Lock()  # held from the first warning on: shards are opened by several threads
+        self._unwarned = threading.Lock()  # held after the first warning: several threads open shards
 
     def open(self, store: Store, shard: Shard) -> _File:
-        """The shard, from the cache, else from the store, in memory if this disk cannot hold it."""
+        """Open a shard from the cache, fetching it first if necessary; in memory if this disk cannot hold it."""
         path = self.directory / f"{shard.sha256}.tar"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if file := self._cached(path, shard):
                 return file
             with self._lock(shard.sha256[:2]):
-                if file := self._cached(path, shard):  # another process has fetched it meanwhile
+                if file := self._cached(path, shard):  # another process fetched it meanwhile
                     return file
                 return self._fetch(store, shard, path)
         except OSError as error:
@@ -375,7 +372,7 @@ class Cache:
             log.warning("%s is damaged: fetching it again", file.where)
             path.unlink(missing_ok=True)
             return None
-        with contextlib.suppress(OSError):  # the time of access is the order of eviction
+        with contextlib.suppress(OSError):  # eviction is ordered by access time
             os.utime(path, ns=(time_ns(), os.fstat(file.descriptor).st_mtime_ns))
         return file
 
@@ -388,9 +385,9 @@ class Cache:
             store.download(shard.name, temporary, shard.sha256)
             file = self._cached(temporary, shard)  # open before others can evict it
             if file is None:
-                raise StorageError(f"{temporary} changed while it was written: is the cache's disk sound?")
+                raise StorageError(f"{temporary} changed while it was written: check the cache's disk")
             file.evict = path
-            with self._lock("evict"):  # who adds up the files must find this one under one name or the other
+            with self._lock("evict"):  # whoever sums the sizes must find this file under one of its names
                 os.replace(temporary, path)
             file.where = file.where.replace(str(temporary), str(path))
         except BaseException:
@@ -399,11 +396,11 @@ class Cache:
         return file
 
     def _make_room(self, incoming: int) -> None:
-        """Remove what dead processes left, then shards used least recently, until `incoming` bytes fit."""
+        """Remove leftovers of dead processes, then the least recently used shards, until `incoming` bytes fit."""
         total, shards = incoming, []
         for path in self.directory.iterdir():
             if not re.fullmatch(r"[0-9a-f]{64}\.(tar|\d+\.tmp)", path.name):
-                continue  # somebody else's
+                continue  # not ours
             if path.suffix == ".tmp":
                 with self._lock(path.name[:2], wait=False) as ours:
                     if ours:  # nobody is writing it
@@ -447,7 +444,7 @@ def _in_memory(store: Store, shard: Shard) -> _File:
 
 
 class Reader:
-    """Samples by id, every one checked against the index. Shards are opened ahead by threads of its own."""
+    """Reads samples by id and checks each against the index; opens shards ahead in its own threads."""
 
     def __init__(self, store: Store, index: ShardIndex, cache: Cache | None = None, threads: int = 2) -> None:
         self.store, self.index, self.cache = store, index, cache
@@ -455,12 +452,12 @@ class Reader:
         self.threads = ThreadPoolExecutor(threads, "shards")
 
     def open(self, shards: Iterable[int]) -> dict[int, Future[_File]]:
-        """Begin to open these shards, in this order, and let go of the others."""
+        """Start opening these shards, in this order, and release all others."""
         self.files = {s: self.files.get(s) or self.threads.submit(self._open, s) for s in dict.fromkeys(shards)}
         return self.files
 
     def read(self, ids: np.ndarray, files: dict[int, Future[_File]] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images uint8 [n, C, H, W] and labels int64 [n] of these samples, in this order."""
+        """Return the images, uint8 [n, C, H, W], and labels, int64 [n], of these samples, in this order."""
         import torch
 
         index, shards = self.index, self.index.shard_of(ids)
@@ -497,25 +494,25 @@ class Reader:
         what = damage(self.index, number, content)
         if file.evict:
             file.evict.unlink(missing_ok=True)
-            return StorageError(f"{file.where} is damaged: {what}; it was removed, run the command again")
+            return StorageError(f"{file.where} is damaged: {what}; it was removed: run the command again")
         return StorageError(f"shard {file.where} is damaged: {what}; {_REPAIR}")
 
 
 def damage(index: ShardIndex, number: int, content: bytes) -> str:
-    """What is wrong with the bytes of a damaged shard, down to the sample."""
+    """Describe what is wrong with a damaged shard, down to the sample."""
     shard, what = index.shards[number], "bytes between its samples differ"
     for i in range(int(index.starts[number]), int(index.starts[number + 1])):
         data = content[index.offset[i] : index.offset[i] + index.size[i]]
         if zlib.crc32(data) != index.crc32[i]:
-            fault = "is cut off" if len(data) < index.size[i] else "does not match its checksum"
-            what = f"sample {i} (number {i - int(index.starts[number])} of {shard.num_samples} in it) {fault}"
+            fault = "is truncated" if len(data) < index.size[i] else "does not match its checksum"
+            what = f"sample {i} (number {i - int(index.starts[number])} of {shard.num_samples} in the shard) {fault}"
             break
     size = len(content)
-    return what if size == shard.bytes else f"{what}, the file has {size} bytes instead of {shard.bytes}"
+    return what if size == shard.bytes else f"{what}; the file has {size} bytes, expected {shard.bytes}"
 
 
 def _read_raw(descriptor: int, offset: int, size: int, image: np.ndarray) -> int:
-    """Read pixels straight into the batch, past the .npy header; the CRC of both."""
+    """Read the pixels behind the .npy header straight into the batch; return the CRC of header and pixels."""
     header, pixels = bytearray(size - image.nbytes), image.reshape(-1).data
     os.preadv(descriptor, [header, pixels], offset)
     return zlib.crc32(pixels, zlib.crc32(header))
@@ -536,9 +533,9 @@ def _read_png(descriptor: int, offset: int, size: int, image: np.ndarray) -> int
 def samples(
     store: Store, index: ShardIndex, ids: Sequence[int] | np.ndarray, cache: Cache | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images uint8 [n, C, H, W] and labels int64 [n] of the given samples, in the given order.
+    """Return the images, uint8 [n, C, H, W], and labels, int64 [n], of the given samples, in the given order.
 
-    For many calls over one remote dataset keep a `Reader`, or give a cache.
+    For many calls on one remote dataset, use a `Reader` or pass a cache.
     """
     wanted = np.asarray(ids, np.int64).reshape(-1)
     if wanted.size and not 0 <= wanted.min() <= wanted.max() < index.num_samples:
@@ -562,9 +559,9 @@ class Batch:
     labels: torch.Tensor
     """int64 [n]"""
     ids: torch.Tensor
-    """int64 [n]: which samples of the dataset."""
+    """int64 [n]: the samples' ids in the dataset."""
     index: torch.Tensor
-    """int64 [n]: their positions in the run, counted from its beginning over all ranks."""
+    """int64 [n]: their positions in the run, counted from its start over all ranks."""
 
 
 def stream(
@@ -581,12 +578,12 @@ def stream(
     ahead: int = 4,
     cache: Cache | None = None,
 ) -> Generator[Batch, None, None]:
-    """Rows lo..hi-1 of every global batch from `position` on, for ever.
+    """Yield rows lo..hi-1 of every global batch from `position` on, forever.
 
-    `position` counts samples since the run began and `batch_size` those of the global batch, so the next
-    position is position + batch_size. Batches straddle epochs; nothing is padded, repeated or dropped.
-    `window` shards are shuffled together. `workers` threads read and decode, up to `ahead` batches in
-    advance; the shards of the next window are fetched meanwhile. Close the iterator to end the threads.
+    `position` counts samples since the run began, and `batch_size` is that of the global batch, so the next position
+    is position + batch_size. Batches straddle epochs; nothing is padded, repeated or dropped. `window` shards are
+    shuffled together. `workers` threads read and decode up to `ahead` batches in advance, while the shards of the next
+    window are fetched. Close the iterator to end the threads.
     """
     import torch
 
@@ -603,7 +600,7 @@ def stream(
     if cache and store.local is None and cache.max_bytes < need:
         raise ValueError(
             f"data cache: got {cache.max_bytes} bytes, expected at least {need}, two windows of "
-            f"{window} shards of {store}: raise the limit or shuffle fewer shards together"
+            f"{window} shards of {store}: raise --data.cache-gb or lower --data.window"
         )
     order = _Order(index, seed, window)
 
@@ -618,7 +615,7 @@ def stream(
             while True:
                 while len(pending) < ahead:
                     ids = order.slice(position + lo, position + hi)
-                    # Ranks that share a cache begin with different shards: together they fetch more at a time.
+                    # Ranks that share a cache start with different shards: together they fetch more at once.
                     soon = order.shards_from(position + hi, turn=lo / batch_size)
                     files = reader.open([*index.shard_of(ids).tolist(), *soon])
                     pending.append(decoders.submit(load, ids, position + lo, files))

@@ -38,72 +38,71 @@ from pipeline.world import World
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measure a trained model; each value goes to the terminal, the run's journal and its run in MLflow.
+    """Evaluate a trained model. Values are printed with what they depend on, and logged to the journal and MLflow.
 
-    nll: bits/dim of validation images, estimated without bias from draws + 1 network evaluations an image. fid, is,
-    kid, precision, recall: of images drawn, against the training images. Each is printed with what it depends on.
+    nll: bits/dim of validation images, an unbiased estimate from draws + 1 network evaluations per image.
+    Image metrics (fid, is, kid, precision, recall): compare generated images with the training images.
     """
 
     run: tyro.conf.Positional[str]
     """The run: the --out of its training, a folder or URL."""
     metrics: str = "nll"
-    """Which, with commas between them: nll, fid, is, kid, precision, recall."""
+    """Comma-separated: nll, fid, is, kid, precision, recall."""
     seed: int = 0
-    """Seed of the choice of images, of timesteps and noise, and of the images drawn."""
+    """Seed of the choice of images, of timesteps and noise, and of the generated images."""
     ema_rate: float | None = None
-    """Which moving average of the weights; default: the run's first; 0: the weights themselves."""
+    """Decay rate of the moving average to use; default: the run's first; 0: the weights themselves."""
     step: int | None = None
-    """The checkpoint of this training step; default: the newest."""
+    """Training step of the checkpoint; default: the newest."""
     data: str | None = None
-    """Folder or URL of the shards; default: where the run was trained from."""
+    """Folder or URL of the shards; default: the run's --data.url."""
 
     images: int = 1024
-    """nll: images of the split at most, chosen at random."""
+    """nll: maximum number of images, chosen at random from the split."""
     split: str = "val"
-    """nll: which shards."""
+    """nll: split to evaluate on."""
     exact: bool = False
-    """nll: sum up all T terms of the bound, T network evaluations an image, instead of sampling them."""
+    """nll: compute all T terms of the bound, with T network evaluations per image, instead of sampling them."""
     draws: int = 16
-    """nll: timesteps drawn for each image."""
+    """nll: timesteps to draw per image."""
     target_se: float | None = None
     """nll: stop once the standard error (with --against, of the difference) is this small, in bits/dim."""
     chain: str | None = None
-    """nll: the bound of a chain of so many evenly spaced steps, as in 25; best25: of the best 25, by dynamic
-    programming. Another quantity, nll_strided25 or nll_best25."""
+    """nll: bound of a chain of this many evenly spaced steps, e.g. 25, or of the best steps, by dynamic programming,
+    e.g. best25. These are other quantities, named nll_strided25 and nll_best25."""
     against: str | None = None
-    """nll: compare with this run (the newest checkpoint, or --against-step) on the same images, timesteps and noise."""
+    """nll: compare with this run (its newest checkpoint, or --against-step) on the same images, timesteps and noise."""
     against_step: int | None = None
-    """nll: the step of the checkpoint to compare with; without --against, of the same run."""
+    """nll: step of the checkpoint to compare with; without --against, of the same run."""
     images_per_call: int = 16
-    """nll: images in one forward pass, each at draws + 1 timesteps, or with --exact at `timesteps_per_call`."""
+    """nll: images per forward pass, each at draws + 1 timesteps, or with --exact at `timesteps_per_call`."""
     timesteps_per_call: int = 32
-    """nll: timesteps of each image in one forward pass with --exact."""
+    """nll: timesteps of each image per forward pass with --exact."""
     out: str | None = None
     """nll: with --exact or --chain, write the terms by timestep to this CSV file."""
 
     samples: int = 10_000
-    """fid and the others: images to draw. Values of different numbers of images do not compare; the paper has 50,000.
-    """
+    """image metrics: images to draw. Values for different numbers of images are not comparable; IDDPM uses 50,000."""
     sampler: Literal["ancestral", "ddim"] = "ancestral"
-    """fid and the others: IDDPM's own sampler, or DDIM's."""
+    """image metrics: IDDPM's own sampler, or DDIM."""
     steps: int | None = None
-    """fid and the others: steps of the strided chain; default: the run's --sample-steps."""
+    """image metrics: steps of the strided chain; default: the run's --sample-steps."""
     eta: float = 0.0
-    """fid and the others: DDIM's noise, 0 to 1."""
+    """image metrics: DDIM's η, 0 to 1."""
     batch_size: int = 64
-    """fid and the others: images drawn at a time."""
+    """image metrics: images drawn at a time."""
     features: str = "inception"
-    """fid and the others: inception; `trained`, a small network trained on the data's labels, whose metrics are named
-    by the data (fd_digits); or one of torch-fidelity's, by its name."""
+    """image metrics: inception; `trained`, a small network trained on the data's labels, whose metrics are named after
+    the data (fd_digits); or the name of one of torch-fidelity's networks."""
     inception: str | None = None
-    """fid and the others: path or URL of torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
+    """image metrics: path or URL of torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
     download: bool = False
-    """fid and the others: allow to fetch those weights from their publisher."""
+    """image metrics: allow downloading those weights from their publisher."""
     reference: str | None = None
-    """fid and the others: path or URL of a reference batch of the guided-diffusion evaluator (.npz), instead of the
+    """image metrics: path or URL of a reference batch of the guided-diffusion evaluator (.npz), instead of the
     training images."""
     neighbours: int = 3
-    """precision and recall: k. The paper has 5."""
+    """precision, recall: neighbours k (IDDPM uses 5)."""
 
     storage: StorageConfig = field(default_factory=StorageConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -114,12 +113,14 @@ class EvaluateConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected 1 or more")
         Recipe(self.sampler, 1 if self.steps is None else self.steps, self.eta, self.seed)
-        self.wanted  # noqa: B018  # raises what is wrong with it
+        self.wanted  # noqa: B018  # raises if invalid
         if self.out and not (self.exact or self.chain):
-            raise ValueError("--out: writes the terms by timestep, which only --exact and --chain know")
-        self.plan  # noqa: B018  # raises what is wrong with it
+            raise ValueError("--out: needs --exact or --chain")
+        self.plan  # noqa: B018  # raises if invalid
         if (self.against or self.against_step is not None) and self.plan.best:
-            raise ValueError("--chain best: is chosen for one model, and flatters it; measure each by itself")
+            raise ValueError(
+                "--chain best…: is optimised for one model; it cannot be combined with --against or --against-step"
+            )
 
     @property
     def wanted(self) -> set[str]:
@@ -139,7 +140,7 @@ class EvaluateConfig:
         )
 
     def evaluations(self, run: TrainConfig) -> int:
-        """Forward passes of one image that measuring one checkpoint of such a run takes, at most."""
+        """Return the maximum number of forward passes of one image to evaluate one checkpoint of such a run."""
         nll = self.plan.evaluations(run.diffusion.timesteps) if "nll" in self.wanted else 0
         return nll + (self.samples * (self.steps or run.sample_steps) if self.wanted - {"nll"} else 0)
 
@@ -160,16 +161,16 @@ def main(config: EvaluateConfig, world: World) -> None:
 
 
 def measure(models: Sequence[Trained], config: EvaluateConfig, world: World, keep: bool) -> list[Measured]:
-    """The values, on rank 0; the others get none. With `keep`, partial results go to the run's store."""
+    """Return the values on rank 0, and an empty list on the others. With `keep`, save partial results to the run."""
     run = models[0].config
     data = Store(config.data or run.data.url, config.storage)
     cache = Cache(run.data.cache_dir, int(run.data.cache_gb * 1e9))
     tools = None
-    if config.wanted - {"nll"}:  # first, so that nothing is measured in vain where something is missing
+    if config.wanted - {"nll"}:  # first, so that a missing input is reported before anything is measured
         recipe, index, features = image_tools(config, run, data, world)
         reference = _reference(config, data, index, features, cache, world)
         if reference.images is None and (near := config.wanted & NEAR):
-            raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only their moments")
+            raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only moments")
         tools = recipe, features, reference
     found: list[Measured] = []
     if "nll" in config.wanted:
@@ -240,7 +241,7 @@ def _image_metrics(
 
     def finish() -> dict[str, tuple[float, dict[str, Any]]]:
         values = image_metrics(blocks.found, reference, features, config.wanted - {"nll"}, config.neighbours)
-        blocks.delete()  # some 12 KB an image
+        blocks.delete()  # about 12 KB per image
         return values
 
     values = world.on_rank0(finish)
@@ -251,10 +252,10 @@ def _image_metrics(
 
 
 def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[Measured]:
-    """What the metrics of images say of real ones in the place of `config.samples` drawn ones: no model does better.
+    """Compute the image metrics of real images instead of `config.samples` generated ones: a floor for any model.
 
-    Validation images where there are so many, else some of the training images, which flatters since they are a part of
-    the reference: the passport says which. ValueError where there are too few. For one process.
+    Uses validation images if there are enough; else training images, whose values are too low because they are part of
+    the reference. The passport says which. Raises ValueError if there are too few. For a single process.
     """
     data = Store(config.data or run.data.url, config.storage)
     cache = Cache(run.data.cache_dir, int(run.data.cache_gb * 1e9))
@@ -269,9 +270,9 @@ def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[M
         real = None
     if real is None or real.num_samples < config.samples:
         real = index or _index(data, "train", [run])
-        wanted -= NEAR  # which compare with these very images
+        wanted -= NEAR  # these would compare the images with themselves
         if real.num_samples <= config.samples:
-            raise ValueError(f"{data}: has fewer than {config.samples} images besides those to compare with")
+            raise ValueError(f"{data}: expected more than --samples = {config.samples} images; lower --samples")
     seen = [features.extract(images) for images in spread_images(data, real, cache, config.samples)]
     values = image_metrics(seen, reference, features, wanted, config.neighbours)
     n = sum(len(block["features"]) for block in seen)
@@ -291,11 +292,12 @@ def _reference(
 def image_tools(
     config: EvaluateConfig, run: TrainConfig, data: Store, world: World
 ) -> tuple[Recipe, ShardIndex | None, Features]:
-    """What images of such a run are drawn by, compared with (None: with --reference alone) and seen by; ValueError
-    where that cannot be had.
+    """Return the sampling recipe, the reference dataset (None: only --reference) and the features of such a run.
+
+    Raises ValueError if any of them is unavailable.
     """
     recipe = Recipe(config.sampler, config.steps or run.sample_steps, config.eta, config.seed)
-    recipe.chain(run.diffusion, world.device)  # raises what is wrong with it, before anything takes long
+    recipe.chain(run.diffusion, world.device)  # raises if invalid, before anything slow
     index = _index(data, "train", [run]) if config.features == "trained" or not config.reference else None
     if index and config.features == "trained":
         return recipe, index, trained_features(data, index, world)
@@ -309,12 +311,12 @@ def _index(data: Store, split: str, runs: Sequence[TrainConfig]) -> ShardIndex:
     for run in runs:
         expected = image_shape(run)
         if index.shape != expected:
-            raise ValueError(f"{data}: its images are {index.shape} (channels, height, width), the run's {expected}")
+            raise ValueError(f"{data}: got images of {index.shape} (channels, height, width), expected {expected}")
     return index
 
 
 def track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) -> None:
-    """To the journal of the run, and by it to MLflow; the run keeps the status that it has there."""
+    """Log values to the run's journal, and through it to MLflow; the run keeps its status there."""
     run, folder = Store(config.run, config.storage), journal_dir(config.run)
     fetch_journal(run, folder)
     meta = trained.meta
@@ -338,8 +340,9 @@ def track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) -
 
 
 def log_measured(tracker: Tracker, trained: Trained, found: Sequence[Measured]) -> bytes:
-    """`eval/NAME`, with `eval/NAME_se` where there is a standard error, and the compute that it took to get there; the
-    journal's line.
+    """Log `eval/NAME`, `eval/NAME_se` if there is a standard error, and the training compute so far.
+
+    Returns the journal's line.
     """
     values = {"eval/train_flops": float(trained.meta["train_flops"])} if "train_flops" in trained.meta else {}
     passports: dict[str, dict[str, Any]] = {}
@@ -353,7 +356,7 @@ def log_measured(tracker: Tracker, trained: Trained, found: Sequence[Measured]) 
 
 
 def report(nll: Nll) -> str:
-    """The total of each model and where it comes from, as text."""
+    """Format the total of each model, and its parts, as text."""
     lines = []
     count, steps = nll.total.shape[1], len(nll.timesteps)
     for i in range(len(nll.total)):

@@ -1,7 +1,7 @@
-"""Any program under Ray: this process starts the workers, where the other launchers have started us.
+"""Run any program under Ray: this process starts the workers, whereas other launchers start this process.
 
-Ray Train holds the worker group together and restarts it, smaller where a node is lost; checkpoints are the run's
-own, so a restarted group resumes as every other start does.
+Ray Train manages the worker group and restarts it, with fewer workers if a node is lost. The run writes its own
+checkpoints, so a restarted group resumes like any other start.
 """
 
 import asyncio
@@ -21,13 +21,13 @@ from pipeline.world import RankFailure, World, fail_together, pick_device
 
 
 def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> int:
-    """Run a program's body on workers of the cluster this process is a driver of, or of a new one of this machine
-    alone; the exit status. The body must give the same with any number of workers: Ray may start it again with fewer.
+    """Run a program's body on workers of this process's Ray cluster, or of a new local one; return the exit status.
 
-    One worker per GPU of the cluster, or per CPU where it has no GPU, unless `--workers` says how many.
+    Starts `--workers` workers; default: one per GPU of the cluster, or per CPU if it has no GPU. The body's result must
+    not depend on their number: Ray may restart it with fewer.
     """
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # else Ray shows every line twice
-    # After a node is lost, Ray may wait for it once more before it asks which are left.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # otherwise Ray shows every line twice
+    # After losing a node, Ray may wait for it once more before it asks which are left.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -43,15 +43,15 @@ def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> 
     print(f"Ray: {workers} workers on a cluster with {gpus} GPUs and {cpus} CPUs", flush=True)
     if workers > (gpus if use_gpu else cpus):
         least = f"{config.min_workers} {'GPUs' if use_gpu else 'CPUs'}"
-        print(f"warning: that is more than there are; Ray starts as soon as there are {least}", flush=True)
+        print(f"warning: the cluster has fewer; Ray starts once {least} are available", flush=True)
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "RAY_JOB_STOP_WAIT_TIME_S" not in os.environ:
         print("warning: `ray job stop` will leave 3 seconds for a checkpoint; see docs/ray.md", flush=True)
 
     flag = _stop_flag()
 
     def stop(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)  # the second one ends this process
-        if not ray.get(flag.set.remote()):  # nobody trains yet, or the program has nothing to checkpoint
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends this process
+        if not ray.get(flag.set.remote()):  # nothing is training yet, or the program has nothing to checkpoint
             os.kill(os.getpid(), number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -64,7 +64,7 @@ def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> 
                 num_workers=(config.min_workers, workers),  # type: ignore[arg-type]  # typed as Ray Train V1's
                 use_gpu=use_gpu,
             ),
-            # Ray wants a folder for checkpoints of its own, and gets none.
+            # Ray requires a folder for checkpoints; none are reported to it.
             run_config=RunConfig(storage_path=scratch, failure_config=FailureConfig(max_failures=config.retries)),
             torch_config=TorchConfig(
                 backend="nccl" if use_gpu else "gloo", timeout_s=int(config.timeout_s) + 60 * use_gpu
@@ -82,13 +82,13 @@ def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> 
 
 
 def _stop_flag() -> Any:
-    """An actor by which this process, where signals arrive, tells the workers that wait for one; and by which one that
-    fails for good tells those that Ray starts next.
+    """Start an actor through which this process passes on signals to the workers, and through which a worker that
+    fails permanently informs those that Ray starts next.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    class Flag:  # here, so that its process need not import what this module does
+    class Flag:  # defined here, so that its process need not import this module's dependencies
         def __init__(self) -> None:
             self.event, self.waiting, self.verdict = asyncio.Event(), 0, ""
 
@@ -111,7 +111,7 @@ def _stop_flag() -> Any:
 
 
 def _work(body: Callable[[World], int | None], config: LaunchConfig, folder: str, flag: Any) -> int | str | None:
-    """On each worker, in a thread of its own: the body's status, or why trying again cannot help."""
+    """Run the body on a worker, in its own thread; return its status, or why a retry cannot help."""
     import ray.train
     import ray.train.torch
 
@@ -137,7 +137,7 @@ def _work(body: Callable[[World], int | None], config: LaunchConfig, folder: str
         with fail_together(world):
             return body(world)
     except (ValueError, StaleAttempt) as error:
-        ray.get(flag.give_up.remote(str(error)))  # the others may be ended before they hear of it, which Ray retries
+        ray.get(flag.give_up.remote(str(error)))  # Ray would retry if others were killed before they know
         return str(error)
     except RankFailure as failure:
         if failure.self_reported:  # that rank itself tells Ray whether to try again
@@ -146,7 +146,7 @@ def _work(body: Callable[[World], int | None], config: LaunchConfig, folder: str
 
 
 def report(step: int, values: dict[str, Any]) -> None:
-    """Tell Ray Train of a log line; every worker must."""
+    """Report a log line to Ray Train; every worker must call this."""
     import ray.train
 
     ray.train.report({"step": step, **values})

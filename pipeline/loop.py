@@ -1,7 +1,7 @@
-"""The training loop. `train` reads top to bottom: status, stop?, checkpoint, batch, step, EMA, log.
+"""The training loop. `train` reads top to bottom: stop?, batch, step, EMA, log, samples, evaluation, checkpoint.
 
-What a step computes depends on each sample's position in the run (one integer), never on the rank or the microbatch
-that it fell to, so any number of workers trains the same run (but for dropout's masks, which are each rank's own).
+What a step computes depends on each sample's position in the run (one integer), never on the rank or microbatch that
+processes it, so any number of workers trains the same run, except for dropout masks, which each rank draws itself.
 """
 
 import json
@@ -50,19 +50,19 @@ class NonFinite(ValueError):
 
 
 class TrainState:
-    """All that changes while a run trains, and nothing else. `parts` is what a checkpoint holds."""
+    """Everything that changes while a run trains, and nothing else; `parts` is what a checkpoint holds."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config = config
         self.step = 0
         self.epoch_digests: dict[int, int] = {}
-        """This rank's share of the digest of the sample ids that each epoch has consumed."""
+        """Epoch -> this rank's share of the digest of the sample ids consumed so far."""
         self.diffusion = Diffusion(config.diffusion, device=world.device)
         self.model = build_model(config).to(world.device)
         self.model.checkpoint_activations = config.checkpoint_activations
         self.model.fuse(config.launch.compile)
         self.params = dict(self.model.named_parameters())
-        # What is differentiated: DDP averages the gradients over the ranks.
+        # The module to differentiate: DDP averages the gradients over the ranks.
         self.network: nn.Module = self.model
         if world.size > 1:
             self.network = DistributedDataParallel(
@@ -75,7 +75,7 @@ class TrainState:
         self.optimizer = torch.optim.AdamW(
             self.params.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
-        for p in self.params.values():  # made now, so that a checkpoint is the same before and after the first step
+        for p in self.params.values():  # created now, so that checkpoints have the same layout before the first step
             self.optimizer.state[p] = {
                 "step": torch.zeros((), device=world.device),
                 "exp_avg": torch.zeros_like(p),
@@ -87,16 +87,16 @@ class TrainState:
 
     @property
     def images(self) -> int:
-        """Images seen: the position in the data."""
+        """Images seen so far: the position in the data."""
         return self.step * self.config.batch_size
 
     @property
     def flops(self) -> int:
-        """Spent on them, forward and backward."""
+        """FLOPs spent so far, forward and backward."""
         return self.images * self.flops_per_image
 
     def parts(self) -> Parts:
-        """The live tensors of a checkpoint, by part and name."""
+        """Return the live tensors of a checkpoint, by part and name."""
         moments = {
             f"{key}/{name}": tensor
             for name, p in self.params.items()
@@ -111,7 +111,7 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, step: int, parts: Parts | None, world: World) -> None:
-        """Take over a checkpoint that rank 0 has read; the other ranks get it from there."""
+        """Restore a checkpoint that rank 0 has read; the other ranks receive it from rank 0."""
         self.step = step
         own = self.parts()
         for part, tensors in own.items():
@@ -120,14 +120,14 @@ class TrainState:
                     tensor.copy_(parts[part][name])
             world.broadcast_(tensors.values())
         if world.rank != 0:
-            self.metrics.reset()  # its sum over the ranks is what rank 0 has
+            self.metrics.reset()  # rank 0 holds the sum over all ranks
 
 
 class Metrics:
-    """Sums since the last log line, on the device, so that adding to them never waits for it."""
+    """Sums since the last log line; they stay on the device, so that adding never waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        # A row for each quartile of the timesteps (count, sum of w, wL, w mse, w vb), and one for the steps
+        # One row per quartile of the timesteps (count, sum of w, wL, w mse, w vb), and one for the steps
         # (count, sum of gradient norms).
         self.table = torch.zeros(QUARTILES + 1, 5, dtype=torch.float64, device=device)
         self.bad_step = torch.full((), torch.iinfo(torch.int64).max, device=device)
@@ -136,7 +136,7 @@ class Metrics:
         self.table.zero_()
 
     def add(self, quartile: Tensor, weights: Tensor, losses: list[Tensor | None]) -> None:
-        """Per-example tensors [n]: quartile in 0..3, importance weights, and loss, mse, vb."""
+        """Add per-example tensors [n]: quartile in 0..3, importance weights, and the losses (loss, mse, vb)."""
         ones = torch.ones_like(weights, dtype=torch.float64)
         columns = [ones, weights.double()]
         columns += [ones * 0 if x is None else (weights * x.detach()).double() for x in losses]
@@ -150,16 +150,16 @@ class Metrics:
         self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=step))
 
     def check_finite(self, world: World) -> None:
-        """Raise NonFinite, on every rank, where a step's loss or gradient was not finite. Waits for the device."""
+        """Raise NonFinite on every rank if a step's loss or gradient was not finite. Waits for the device."""
         step = min(world.gather(int(self.bad_step)))
         if step < torch.iinfo(torch.int64).max:
             raise NonFinite(
                 f"step {step}: the loss or the gradient is not finite, so training stopped; the last good checkpoint is"
-                " kept. A smaller --lr, --warmup-steps or --precision fp32 are what usually helps."
+                " kept. Start again with another --out and a smaller --lr, more --warmup-steps or --precision fp32."
             )
 
     def read(self, world: World) -> dict[str, float]:
-        """The means over all ranks since the last reading. Waits for the device."""
+        """Return the means over all ranks since the last call. Waits for the device."""
         *quartiles, steps = world.sum_(self.table.clone()).tolist()
         self.reset()
         names = ("loss", "mse", "vb")
@@ -181,7 +181,7 @@ def train_step(state: TrainState, batch: Batch, world: World) -> None:
     n = config.batch_size
     state.optimizer.zero_grad(set_to_none=True)
 
-    # Every rank draws the timesteps of the whole batch, so that only losses need to travel.
+    # Every rank draws the timesteps of the whole batch, so that only losses need to be gathered.
     key = stream_key(config.seed, "t")
     everywhere = torch.arange(state.images, state.images + n, device=world.device)
     all_t, all_weights = state.sampler.sample(uniform(key, everywhere))
@@ -206,9 +206,9 @@ def train_step(state: TrainState, batch: Batch, world: World) -> None:
             seen.append(losses.loss.detach())
             quartile = t[cut] * QUARTILES // config.diffusion.timesteps
             state.metrics.add(quartile, weights[cut], list(losses))
-            if last and state.sampler.needs_losses:  # under way while backward computes
+            if last and state.sampler.needs_losses:  # overlaps the backward pass
                 gather = world.start_gather(torch.cat(seen), n)
-            # DDP takes the mean over the ranks: undo its division, so that uneven shares weigh alike.
+            # DDP averages over the ranks: undo its division, so that all images weigh the same in uneven shares.
             (losses.loss * weights[cut]).sum().mul(world.size / n).backward()
 
     for group in state.optimizer.param_groups:
@@ -222,7 +222,7 @@ def train_step(state: TrainState, batch: Batch, world: World) -> None:
 
 
 def to_device(batch: Batch, index: Tensor, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Images as [-1, 1] on the device, flipped where chance wants it, and labels where the model takes them."""
+    """Move a batch to the device: images in [-1, 1], randomly flipped, and labels (None if unconditional)."""
     images = batch.images.pin_memory() if device.type == "cuda" else batch.images
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     x = images.to(device, non_blocking=True).to(dtype) / 127.5 - 1
@@ -236,7 +236,7 @@ def to_device(batch: Batch, index: Tensor, config: TrainConfig, device: torch.de
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the step after `step` steps."""
+    """Return the learning rate of the next step after `step` steps."""
     return config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
 
 
@@ -244,10 +244,10 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, float]], None] | None = None) -> str:
-    """Train until the horizon or a signal: "finished" or "interrupted". Resumes what is at `config.out`.
+    """Train, or resume the run at `config.out`, until the horizon ("finished") or a signal ("interrupted").
 
-    `report` is called with the step and its values at each log line, on every rank.
-    Raises ValueError for what the user can mend, StorageError, NonFinite, StaleAttempt.
+    Calls `report` with the step and its values at each log line, on every rank.
+    Raises ValueError for mistakes that the user can fix, StorageError, NonFinite, StaleAttempt.
     """
     run = Store(config.out, config.storage)
     index = _data(config, world)
@@ -261,13 +261,13 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
             state.epoch_digests = {int(epoch): digest for epoch, digest in meta["epoch_digests"].items()}
     steps = horizon_steps(config, state.flops_per_image)
     world.say(
-        f"{config.out}: {'resuming at' if meta else 'starting, to'} step {state.step if meta else steps}"
-        f"{f' of {steps}' if meta else ''}; launcher {world.launcher}, {world.size} x {device_name(world.device)}"
+        f"{config.out}: {f'resuming at step {state.step} of {steps}' if meta else f'starting, {steps} steps'}"
+        f"; launcher {world.launcher}, {world.size} x {device_name(world.device)}"
     )
     if state.step >= steps:
         if state.step == steps:
             world.on_rank0(lambda: _settle(config, run, index, meta))
-        world.say(f"already complete at step {state.step}; a longer --horizon continues it")
+        world.say(f"already complete at step {state.step}; extend --horizon to continue")
         return "finished"
 
     with _recording(config, run, index, meta, world) as (tracker, writer):
@@ -332,17 +332,17 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
 
 
 def _data(config: TrainConfig, world: World) -> ShardIndex:
-    """The dataset; refuses what does not fit together."""
+    """Load the dataset's index. Raises ValueError if dataset, model and evaluation do not fit together."""
     data = Store(config.data.url, config.storage)
     index = load_index(data, "train")
     wanted = check_metrics(config.eval_metrics, "--eval-metrics")
-    if config.eval_every:  # what cannot be measured is better known before hours of training
+    if config.eval_every:  # report what cannot be measured before hours of training
         if "nll" in wanted:
             load_index(data, "val")
         if wanted - {"nll"} and index.num_classes < 2:
             raise ValueError(
-                f"--eval-metrics: got {config.eval_metrics}, but the data have no classes, which the network that"
-                " measures images while training learns; take nll, and measure the rest by pipeline.evaluate"
+                f"--eval-metrics: got {config.eval_metrics}, expected nll: the data have no class labels, on which the"
+                " network for image metrics is trained; use pipeline.evaluate for the others"
             )
     model = config.model
     if index.shape != image_shape(config):
@@ -360,20 +360,22 @@ def _data(config: TrainConfig, world: World) -> ShardIndex:
 
 
 def _newest(config: TrainConfig, run: Store, index: ShardIndex) -> tuple[dict[str, Any], Parts]:
-    """The newest checkpoint's metadata, with its `step`, and its parts; both empty where there is none."""
+    """Load the newest checkpoint: its metadata, with its `step`, and its parts; both empty if there is none."""
     run.check(write=True, once=True)
-    run.delete(INTERRUPTED_FILE)  # an earlier attempt's
+    run.delete(INTERRUPTED_FILE)  # left by an earlier attempt
     found = Checkpoints(run).newest()
     if found and "optimizer" not in found[0].parts:
-        raise ValueError(f"--out {config.out} holds converted weights, to sample and evaluate; give another --out")
+        raise ValueError(
+            f"--out {config.out} holds converted weights, which can only be sampled and evaluated; give another --out"
+        )
     if not found:
         return {}, {}
     newest, parts = found
     check_same_run(newest.meta["config"], config)
     if newest.meta["dataset_digest"] != index.digest:
         raise ValueError(
-            f"--data.url {config.data.url}: not the data that the run at {config.out} was trained on (digest"
-            f" {index.digest}, expected {newest.meta['dataset_digest']})"
+            f"--data.url {config.data.url}: got digest {index.digest}, expected {newest.meta['dataset_digest']},"
+            f" the data that the run at {config.out} was trained on"
         )
     return newest.meta | {"step": newest.step}, parts
 
@@ -382,19 +384,19 @@ def _newest(config: TrainConfig, run: Store, index: ShardIndex) -> tuple[dict[st
 def _recording(
     config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any], world: World
 ) -> Iterator[tuple[Tracker | None, Writer | None]]:
-    """Rank 0's tracker and checkpoint writer; the other ranks have none. `_end` closes them; here, what fails does."""
+    """Open rank 0's tracker and checkpoint writer (None on other ranks); `_end` closes them, this only on an error."""
     tracker, writer = world.only_on_rank0(lambda: _begin(config, run, index, meta, world)) or (None, None)
     try:
         yield tracker, writer
     except BaseException as error:
         world.leaving()
         if tracker and writer:
-            with suppress(Exception):  # what is being committed was good; its own failure is not the first
+            with suppress(Exception):  # the pending checkpoint is good; report the first error
                 writer.close()
             with suppress(Exception):
                 stale = isinstance(error, StaleAttempt)  # the run belongs to another attempt, which continues it
                 tracker.close(None if stale else "FAILED")
-                if not (stale or isinstance(error, StorageError)):  # a store that failed would only be waited for
+                if not (stale or isinstance(error, StorageError)):  # a failed store would only cost time
                     _copy_journal(tracker, run)
         raise
 
@@ -430,7 +432,7 @@ def _tracker(config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str,
 
 
 def _settle(config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any]) -> None:
-    """Close the history of a run whose last attempt died between its last checkpoint and its end; on rank 0."""
+    """Mark a run FINISHED whose last attempt died between its last checkpoint and its end; on rank 0."""
     told = statuses(read_journal(run.local or run))
     if told and told[-1] != "FINISHED":
         tracker = _tracker(config, run, index, meta)
@@ -439,7 +441,7 @@ def _settle(config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, 
 
 
 def _end(run: Store, writer: Writer | None, tracker: Tracker | None, interrupted_at: int | None = None) -> None:
-    """Close what training has written, whole; on rank 0."""
+    """Complete and close the run's checkpoints and history; on rank 0."""
     assert writer
     assert tracker
     writer.close()
@@ -450,7 +452,7 @@ def _end(run: Store, writer: Writer | None, tracker: Tracker | None, interrupted
 
 
 def _copy_journal(tracker: Tracker, run: Store) -> None:
-    """For a remote run: readers elsewhere want it, and so does the machine on which the run goes on."""
+    """Copy the journal to a remote run's URL, for readers elsewhere and for the machine that resumes the run."""
     if run.local is None:
         run.write(JOURNAL, tracker.path.read_bytes())
 
@@ -458,15 +460,15 @@ def _copy_journal(tracker: Tracker, run: Store) -> None:
 def _checkpoint(
     state: TrainState, run: Store, writer: Writer | None, tracker: Tracker | None, index: ShardIndex, world: World
 ) -> None:
-    """Save the state, which must be finite, and check that the finished epochs had each sample once."""
+    """Save the state, which must be finite, and check that each finished epoch had each sample once."""
     state.metrics.check_finite(world)
-    # Rank 0 takes over what the others have summed up: sums since the last log line, and digests.
+    # Rank 0 collects the others' sums: metrics since the last log line, and digests.
     world.sum_(state.metrics.table)
     shares = world.gather(state.epoch_digests)
     if not (writer and tracker):
         state.metrics.reset()
         state.epoch_digests = {}
-        world.on_rank0(lambda: None)  # while rank 0 may wait for an upload
+        world.on_rank0(lambda: None)  # rank 0 may be waiting for an upload
         return
     config = state.config
     epochs = sorted({epoch for share in shares for epoch in share})
@@ -474,7 +476,7 @@ def _checkpoint(
     for epoch in [e for e in epochs if (e + 1) * index.num_samples <= state.images]:
         digest = state.epoch_digests.pop(epoch)
         expected = expected_digest(index, epoch)
-        assert digest == expected, f"epoch {epoch} did not have each sample once: digest {digest}, not {expected}"
+        assert digest == expected, f"epoch {epoch} missed or repeated samples: got digest {digest}, expected {expected}"
         tracker.epoch(epoch, digest)
     meta = {
         "images": state.images,
@@ -487,19 +489,19 @@ def _checkpoint(
         "world_size": world.size,
         "torch": torch.__version__,
     }
-    first = partial(_copy_journal, tracker, run)  # never behind the checkpoint
+    first = partial(_copy_journal, tracker, run)  # so that it is never older than the checkpoint
     save = partial(writer.save, state.step, state.parts(), meta, config.keep_last, config.keep_every, first)
     world.on_rank0(save)
 
 
 def _int64(value: int) -> int:
-    """As a sum of int64 would wrap around."""
+    """Wrap a number as a sum of int64 would."""
     return (value + 2**63) % 2**64 - 2**63
 
 
 @contextmanager
 def _average(state: TrainState) -> Iterator[Trained]:
-    """The model with the first moving average, in eval mode; not compiled, which would recompile for other shapes."""
+    """The model with the first moving average, in eval mode and not compiled: other shapes would recompile it."""
     config, rate = state.config, state.config.ema_rates[0]
     state.model.eval().fuse(False)
     model = with_weights(state.model, state.ema.weights(rate))
@@ -508,7 +510,7 @@ def _average(state: TrainState) -> Iterator[Trained]:
 
 
 def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: World) -> None:
-    """A grid of samples by the first moving average."""
+    """Draw a grid of samples with the first moving average."""
     config = state.config
     recipe = Recipe("ancestral", config.sample_steps, 0.0, config.seed)
     with _average(state) as trained:
@@ -521,7 +523,7 @@ def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: Wo
 
 
 def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:
-    """What `python -m pipeline.evaluate` would measure of the first moving average."""
+    """Evaluate the first moving average as `python -m pipeline.evaluate` would."""
     config = state.config
     plan = EvaluateConfig(
         config.out,
@@ -531,7 +533,7 @@ def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:
         features="trained",
         storage=config.storage,
     )
-    if config.microbatch:  # what fits, here as well
+    if config.microbatch:  # limits memory here too
         calls = max(1, config.microbatch // (plan.draws + 1))
         plan = replace(plan, images_per_call=calls, batch_size=config.microbatch)
     with _average(state) as trained:
@@ -543,7 +545,7 @@ def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:
 
 
 class Clock:
-    """Throughput since the last reading, leaving out what is not training."""
+    """Throughput since the last `read`, excluding everything but training."""
 
     def __init__(self, state: TrainState, peak: float) -> None:
         self.images, self.peak = state.images, peak
@@ -570,7 +572,7 @@ class Clock:
 
 
 def _show(bar: Any, step: int, steps: int, values: dict[str, float]) -> None:
-    """The bar's postfix in a terminal, a plain line in a log file."""
+    """Show values in the progress bar in a terminal, or as a plain line in a log file."""
     shown = {
         "loss": f"{values['train/loss']:.4f}",
         "mse": f"{values['train/mse']:.4f}",

@@ -1,7 +1,7 @@
 """Bits/dim of trained models over many images: sampled or exact, on any number of ranks, resumable.
 
-Images, timesteps and noise depend on the seed and the image alone. So every world measures the same numbers, and
-several models are measured on the same ones: the standard error of their difference is that of paired samples.
+Images, timesteps and noise depend only on the seed and the image. Results are therefore the same for any number of
+ranks, and several models are compared on the same draws: the standard error of their difference is a paired one.
 """
 
 import math
@@ -34,15 +34,15 @@ from pipeline.storage import Store
 from pipeline.world import World
 
 PILOT_IMAGES = 16
-PATH_GRID = 256  # timesteps that the best path chooses from: the number of its steps' costs is the square
-LEAST_IMAGES = 64  # before --target-se may stop: a standard error from fewer is too often too small
+PATH_GRID = 256  # candidate timesteps of the best path; the number of step costs is its square
+LEAST_IMAGES = 64  # before --target-se may stop: with fewer, the standard error is often underestimated
 
 Read = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class NllPlan:
-    """What is measured, but for the models."""
+    """What to measure, apart from the models."""
 
     images: int
     seed: int = 0
@@ -57,7 +57,7 @@ class NllPlan:
     def __post_init__(self) -> None:
         count = (self.chain or "1").removeprefix("best")
         if not count.isdecimal() or int(count) < 1:
-            raise ValueError(f"--chain: got {self.chain!r}, expected a number of steps, as in 25, or best25")
+            raise ValueError(f"--chain: got {self.chain!r}, expected a number of steps, such as 25 or best25")
         if self.best and not 2 <= int(count) <= PATH_GRID:
             raise ValueError(f"--chain: got {self.chain!r}, expected best2 to best{PATH_GRID}")
         if self.target_se is not None and not self.target_se > 0:
@@ -67,21 +67,21 @@ class NllPlan:
 
     @property
     def best(self) -> bool:
-        """Whether the chain is of the best steps."""
+        """Whether the chain consists of the best steps."""
         return bool(self.chain and self.chain.startswith("best"))
 
     def steps(self, timesteps: int) -> int:
-        """Of the chain, for a model of T timesteps."""
+        """Return the length of the chain for a model with T timesteps."""
         return int((self.chain or str(timesteps)).removeprefix("best"))
 
     def check(self, timesteps: int) -> None:
-        """ValueError where a model of T timesteps has no such chain."""
+        """Raise ValueError if a model with T timesteps has no such chain."""
         if self.steps(timesteps) > timesteps:
-            raise ValueError(f"--chain: got {self.chain}, but the run has {timesteps} timesteps")
+            raise ValueError(f"--chain: got {self.chain}, expected at most the run's {timesteps} timesteps")
 
     @property
     def name(self) -> str:
-        """Of the metric: the bound of a shorter chain is another quantity."""
+        """Name of the metric; the bound of a shorter chain is another quantity."""
         if self.chain is None:
             return "nll"
         return f"nll_{self.chain}" if self.best else f"nll_strided{self.chain}"
@@ -91,7 +91,10 @@ class NllPlan:
         return "exact" if self.exact or self.chain else f"sampled{self.draws}"
 
     def evaluations(self, timesteps: int) -> int:
-        """Of the network, on one image, for a model of T timesteps: at most, since --target-se may stop before."""
+        """Return the maximum number of network evaluations of one image for a model with T timesteps.
+
+        --target-se may need fewer.
+        """
         if not (self.exact or self.chain):
             return self.images * (self.draws + 1) + PILOT_IMAGES * len(pilot_timesteps(timesteps))
         return self.images * self.steps(timesteps) + (PATH_GRID * PILOT_IMAGES if self.best else 0)
@@ -99,33 +102,33 @@ class NllPlan:
 
 @dataclass(frozen=True)
 class Nll:
-    """Bits/dim of the same N images by each of M models, and what they are made of."""
+    """Bits/dim of the same N images under each of M models, and their parts."""
 
     total: Tensor
-    """[M, N] float64: the bound of each image."""
+    """[M, N] float64: each image's bound."""
     prior: Tensor
-    """[M]: the mean of L_T."""
+    """[M]: mean of L_T."""
     decoder: Tensor
-    """[M]: the mean of L_0."""
+    """[M]: mean of L_0."""
     vb: Tensor | None
-    """[M, T]: the mean of each timestep's term, the first being the decoder's; None where they are sampled."""
+    """[M, T]: mean of each timestep's term, the first being the decoder's; None if they are sampled."""
     mse: Tensor | None
-    """[M, T]: the mean squared error of the noise predicted at each timestep."""
+    """[M, T]: mean squared error of the predicted noise at each timestep; None if they are sampled."""
     timesteps: list[int]
-    """Of the full chain, that the bound is a chain of."""
+    """Timesteps of the full chain that make up the measured chain."""
     evaluations: int
-    """Of the network, on one image, for each model."""
+    """Network evaluations of one image, for each model."""
 
     def mean(self, model: int = 0) -> float:
         return self.total[model].mean().item()
 
     def standard_error(self, model: int = 0) -> float:
-        """Of the mean, over images and draws."""
+        """Return the standard error of the mean, over images and draws."""
         return _standard_error(self.total[model])
 
     @property
     def difference(self) -> tuple[float, float]:
-        """The first model's mean minus the second's, and its standard error, of paired images."""
+        """The first model's mean minus the second's, and its paired standard error."""
         paired = self.total[0] - self.total[1]
         return paired.mean().item(), _standard_error(paired)
 
@@ -145,10 +148,11 @@ def measure_nll(
     identity: object = None,
     progress: bool = False,
 ) -> Nll:
-    """The bound, on every rank alike, of a random choice of the images 0 .. num_samples-1, which `read` gives.
+    """Measure the bound on a random selection of the images 0 .. num_samples-1, which `read` loads.
 
-    The order is random and depends on the seed, so that stopping early at a standard error is fair. Partial results
-    go to `store` under a name made from `identity` (of models and data) and the plan; the same call goes on there.
+    The result is the same on every rank. The order is random and depends on the seed, so stopping early at a standard
+    error favours no images. Partial results go to `store` under a name derived from `identity` (of
+    models and data) and the plan; the same call resumes from them.
     """
     diffusions = {m.config.diffusion for m in models}
     if len({d.timesteps for d in diffusions}) > 1:
@@ -156,7 +160,7 @@ def measure_nll(
     n, size = min(plan.images, num_samples), plan.images_per_call
     ids = permutation(num_samples, "evaluation", plan.seed)[:n]
     blocks = Blocks(world, store, "nll", (identity, plan.__dict__, num_samples))
-    blocks.extend(1, lambda _: _prepare(models, plan, read, ids, world.device))  # by rank 0
+    blocks.extend(1, lambda _: _prepare(models, plan, read, ids, world.device))  # on rank 0
     frozen: Block = world.broadcast_object(blocks.found[0] if world.rank == 0 else None)
     measure = _Measure(models, plan, read, frozen, world.device)
     blocks.extend(
@@ -187,7 +191,7 @@ def _totals(blocks: list[Block]) -> Tensor:
 
 
 def _precise(blocks: list[Block], target_se: float | None) -> bool:
-    """Whether the standard error of each model's mean, and of a difference, is what was wanted."""
+    """Whether the standard error of the mean, or of each difference from the first model, has reached the target."""
     if target_se is None or not blocks:
         return False
     total = _totals(blocks)
@@ -196,7 +200,7 @@ def _precise(blocks: list[Block], target_se: float | None) -> bool:
 
 
 class _Measure:
-    """Measures one block of images by each model: their totals [M, n], and the sums over them of all parts."""
+    """Measures one block of images under each model: their totals [M, n], and the sums over images of all parts."""
 
     def __init__(
         self, models: Sequence[Trained], plan: NllPlan, read: Read, frozen: Block, device: torch.device
@@ -240,7 +244,7 @@ def _inputs(
     stream: str,
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None, Callable[[Tensor | None, Tensor | int], Tensor]]:
-    """Images as the model takes them, its labels, and noise(which of them or None for all, t)."""
+    """Return the model's input images, its labels, and a function noise(indices or None for all, t)."""
     x = images.to(device).to(model.dtype) / 127.5 - 1
     y = labels.to(device) if model.config.model.num_classes is not None else None
     index = index.to(device)
@@ -253,9 +257,9 @@ def _inputs(
 
 
 def _prepare(models: Sequence[Trained], plan: NllPlan, read: Read, ids: np.ndarray, device: torch.device) -> Block:
-    """What is fixed before the measurement: the chain, and the distribution of sampled timesteps.
+    """Fix the chain, and the distribution of sampled timesteps, before the measurement.
 
-    From a few of the images with noise of their own: whatever the distribution, the estimate is unbiased.
+    Both come from a few of the images with separate noise; the estimate is unbiased for any distribution.
     """
     config = models[0].config.diffusion
     ids = ids[:PILOT_IMAGES]

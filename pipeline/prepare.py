@@ -1,9 +1,8 @@
-"""Write a dataset as shards: `python -m pipeline.prepare digits|imagenet64|folder`, or check one: `--verify
-URL`.
+"""Write a dataset as shards: `python -m pipeline.prepare digits|imagenet64|folder`, or check one: `--verify URL`.
 
-Images are shuffled over the whole split by a hash of the seed, so the same source, seed and options give the
-same bytes. A run that was interrupted is continued by the same command: finished shards whose hash verifies
-are kept. The index is written last, so a dataset without one is not finished.
+Images are shuffled over the whole split by a hash of the seed, so the same source, seed and options give the same
+bytes. After an interruption, the same command continues: it keeps finished shards whose hash verifies. The index is
+written last, so a dataset without one is incomplete.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ class Output:
     seed: int = 0
     """Seed of the order in which images are written."""
     encoding: Encoding = "raw"
-    """raw: decoded pixels, read several times faster; png: smaller, for larger images."""
+    """raw: decoded pixels, several times faster to read; png: smaller, for larger images."""
     shard_size: int = 4096
-    """Images in a shard; 4096 raw images of 64x64 are 58 MB."""
+    """Images per shard; 4096 raw images of 64x64 take 58 MB."""
     workers: int = min(4, os.cpu_count() or 1)
     """Threads, each with one shard in memory."""
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -62,22 +61,21 @@ class Digits(Output):
 class ImageNet64(Output):
     """The official downsampled ImageNet 64x64: train_data_batch_1.npz to _10.npz and val_data.npz.
 
-    Takes a few hundred MB of memory. The batches are unpacked into a scratch directory first (16 GB).
+    Needs a few hundred MB of memory, and 16 GB in a scratch directory, into which the batches are first unpacked.
     """
 
     source: Path
     """Directory with the 11 .npz files."""
     scratch: Path | None = None
-    """Where to unpack the batches; default: the system's temporary directory."""
+    """Directory to unpack the batches into; default: the system's temporary directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder(Output):
-    """A tree of PNG and JPEG files; the first level of subfolders are the classes, if there are any.
+    """A tree of PNG and JPEG files; the first level of subfolders, if any, are the classes.
 
-    Images are turned as their EXIF data says, alpha is flattened on white, the short side is reduced to the
-    wanted size (by halves with a box filter, then bicubic) and the centre cut out. Unreadable files are left
-    out, by name.
+    Images are rotated by EXIF, alpha is flattened on white, the short side is reduced to --size (by halves with a box
+    filter, then bicubic) and the centre is cropped. Unreadable files are skipped and listed.
     """
 
     source: Path
@@ -85,21 +83,21 @@ class Folder(Output):
     size: int
     """Height and width to write, in pixels."""
     grey: bool = False
-    """One channel instead of RGB."""
+    """Write one channel instead of RGB."""
     val_fraction: float = 0.05
     """Fraction of the images that become the val split; 0: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.size < 1:
-            raise ValueError(f"size: got {self.size}, expected pixels, at least 1")
+            raise ValueError(f"size: got {self.size}, expected at least 1 pixel")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction: got {self.val_fraction}, expected 0 <= fraction < 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Read a dataset back, check every hash and print its card; also spelt --verify URL."""
+    """Read a dataset back, check every hash and print a summary; also spelt --verify URL."""
 
     url: tyro.conf.Positional[str]
     """The dataset's directory or URL."""
@@ -107,17 +105,17 @@ class Verify:
 
 
 class Unreadable(Exception):
-    """A source image that cannot be read: left out, and named at the end."""
+    """A source image cannot be read: it is skipped, and listed at the end."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images to write: their labels, and a function that loads one as uint8 [C, H, W], from any thread."""
+    """Images to write: their labels, and a thread-safe function that loads one as uint8 [C, H, W]."""
 
     name: str
     source: str
     fingerprint: str
-    """Tells this source from another one."""
+    """Distinguishes this source from others."""
     shape: tuple[int, int, int]
     class_names: Sequence[str]
     labels: np.ndarray
@@ -179,7 +177,7 @@ def _npz_split(name: str, paths: Sequence[Path], scratch: Path) -> Split:
 
 
 def _map_array(path: Path, member: str, scratch: Path) -> np.ndarray:
-    """An array of an .npz as a file mapping, unpacked into `scratch`; its CRC is checked."""
+    """Unpack an array of an .npz into `scratch`, checking its CRC, and map it into memory."""
     target = scratch / f"{path.stem}.npy"
     with zipfile.ZipFile(path) as archive, archive.open(member) as packed:
         free, size = shutil.disk_usage(scratch).free, archive.getinfo(member).file_size
@@ -203,13 +201,13 @@ def folder(source: Path, size: int, grey: bool, val_fraction: float) -> list[Spl
         raise ValueError(f"source: {source} is not a directory")
     files = sorted(_images(source))
     if not files:
-        raise ValueError(f"source: {source} holds no .png, .jpg or .jpeg file")
+        raise ValueError(f"source: {source} contains no .png, .jpg or .jpeg file")
     class_names = sorted({path.split("/")[0] for path in files if "/" in path})
     loose = [path for path in files if "/" not in path]
     if class_names and loose:
         raise ValueError(
-            f"source: {source} holds both class folders ({class_names[0]}…) and {len(loose)} images of "
-            f"no class ({loose[0]}…): move those into a folder, or away"
+            f"source: {source} contains both class folders ({class_names[0]}…) and {len(loose)} images of "
+            f"no class ({loose[0]}…): move those into a class folder or elsewhere"
         )
     numbers = {name: i for i, name in enumerate(class_names)}
     order = permutation(len(files), "folder split")
@@ -235,12 +233,12 @@ def folder(source: Path, size: int, grey: bool, val_fraction: float) -> list[Spl
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except FileNotFoundError:  # a link to nothing: unreadable, as files can be
+    except FileNotFoundError:  # a broken link: an unreadable file
         return -1
 
 
 def _images(source: Path) -> Iterator[str]:
-    """Paths below `source` of its image files, links followed."""
+    """Yield the paths of image files, relative to `source`, following links."""
     seen = set()
     for directory, folders, names in os.walk(source, followlinks=True, onerror=unless_missing):
         status = os.stat(directory)
@@ -254,19 +252,19 @@ def _images(source: Path) -> Iterator[str]:
 
 
 def load_image(path: Path, size: int, grey: bool = False) -> np.ndarray:
-    """uint8 [3 or 1, size, size]; `Unreadable` where the file is no whole image."""
+    """Load an image as uint8 [3 or 1, size, size]. Raises `Unreadable` if the file is not an intact image."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
             image: Image.Image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits a pixel
+            if image.mode.startswith("I"):  # 16 bits per pixel
                 image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             image = image.convert("L" if grey else "RGB")
-    except Exception as error:  # Pillow raises nearly anything on broken files
+    except Exception as error:  # Pillow raises many types on broken files
         raise Unreadable(f"{path}: {error}") from error
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -281,14 +279,14 @@ def load_image(path: Path, size: int, grey: bool = False) -> np.ndarray:
 
 
 def write_split(store: Store, split: Split, options: Output) -> tuple[ShardIndex, list[str]]:
-    """Write the shards that are not there yet, then the index; returns it and what was left out, by line."""
+    """Write the missing shards, then the index; return it and a line for each skipped file."""
     settings = [split.fingerprint, options.seed, options.encoding, options.shard_size, split.shape, *split.class_names]
     recipe = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
     finished = _finished(store, split.name, recipe)
     order = permutation(len(split.labels), "write", options.seed)
 
     def write(number: int) -> dict[str, Any]:
-        """A shard's report: its entry of the index and the files left out."""
+        """Write a shard; return its report: its index entry and the skipped files."""
         name, first = f"{split.name}-{number:05d}.tar", number * options.shard_size
         chosen = order[first : first + options.shard_size]
         if name in finished and _intact(store, finished[name]["entry"]):
@@ -339,7 +337,7 @@ def _load(
 
 
 def _finished(store: Store, split: str, recipe: str) -> dict[str, dict[str, Any]]:
-    """The reports of shards that an earlier run wrote, by name; ValueError if it was of another dataset."""
+    """Return the reports of shards written earlier, by name. Raises ValueError if they are of another dataset."""
     found = [json.loads(store.read(name)) for name in _parts(store, split)]
     with contextlib.suppress(FileNotFoundError):
         data = store.read(f"{split}.index.json")
@@ -348,10 +346,10 @@ def _finished(store: Store, split: str, recipe: str) -> dict[str, dict[str, Any]
             entries = json.loads(data)["shards"]
             found += [{"recipe": earlier, "entry": entry, "skipped": []} for entry in entries]
         except StorageError as error:
-            print(f"{error}; writing all of {split} anew", file=sys.stderr)
+            print(f"warning: {error}; rewriting all of {split}", file=sys.stderr)
     if any(report["recipe"] != recipe for report in found):
         raise ValueError(
-            f"out: {store} holds {split} shards of another source or other options; choose another "
+            f"out: {store} contains {split} shards from another source or other options; choose another "
             "--out, or delete that dataset"
         )
     return {report["entry"]["name"]: report for report in found}
@@ -372,7 +370,7 @@ def _intact(store: Store, entry: dict[str, Any]) -> bool:
 
 
 def prepare_digits(out_url: str, config: StorageConfig | None = None) -> None:
-    """Write the digits dataset (train and val) to a URL, or repair it where it is already there."""
+    """Write the digits dataset (train and val) to a URL, or repair it there."""
     prepare(Digits(out=out_url, storage=config or StorageConfig()))
 
 
@@ -392,7 +390,7 @@ def prepare(options: Digits | ImageNet64 | Folder) -> None:
             index, unreadable = write_split(store, split, options)
             print(card(index), flush=True)
             if unreadable:
-                print(f"  {len(unreadable)} files could not be read and were left out:")
+                print(f"  skipped {len(unreadable)} unreadable files:")
                 print(*(f"    {line}" for line in unreadable[:50]), *["    …"][: len(unreadable) > 50], sep="\n")
     print(f"wrote {store.url}")
 
@@ -401,7 +399,7 @@ def prepare(options: Digits | ImageNet64 | Folder) -> None:
 
 
 def card(index: ShardIndex) -> str:
-    """A few lines for a person: counts, classes, source, digest, bytes."""
+    """Summarise a dataset in a few lines: counts, classes, source, digest, bytes."""
     counts = np.bincount(index.label, minlength=max(index.num_classes, 1))
     names = ", ".join(index.class_names[:10]) + ("…" if index.num_classes > 10 else "")
     classes = f"{index.num_classes} ({names}), {counts.min()} to {counts.max()} images each" if names else "none"
@@ -418,10 +416,10 @@ def card(index: ShardIndex) -> str:
 
 
 def verify(store: Store) -> list[str]:
-    """Check every shard's size and sha256, print the card; returns what is damaged, a line for each shard."""
+    """Check every shard's size and sha256 and print a summary; return a line for each damaged shard."""
     splits = [n.removesuffix(".index.json") for n in store.list() if n.endswith(".index.json") and "/" not in n]
     if not splits:
-        raise ValueError(f"url: {store} holds no dataset (no *.index.json)")
+        raise ValueError(f"url: {store} contains no dataset (no *.index.json)")
     found = []
     for split in splits:
         index = load_index(store, split)
@@ -436,7 +434,7 @@ def verify(store: Store) -> list[str]:
     return found
 
 
-_PART = ".part.json"  # beside a finished shard until the index is written
+_PART = ".part.json"  # next to a finished shard until the index is written
 _BAR: dict[str, Any] = {"file": sys.stderr, "mininterval": 0.2 if sys.stderr.isatty() else 15.0, "dynamic_ncols": True}
 
 
@@ -458,7 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = verify(Store(options.url, options.storage))
         for line in lines:
             print(f"error: {line}", file=sys.stderr)
-        print("every hash is right" if not lines else "run the same pipeline.prepare command again to repair it")
+        print("all hashes match" if not lines else "run the same pipeline.prepare command again to repair it")
         return 1 if lines else 0
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

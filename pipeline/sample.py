@@ -42,7 +42,7 @@ class Trained:
 
     @property
     def identity(self) -> list[object]:
-        """All that measurements of it depend on."""
+        """Everything that its measurements depend on."""
         return [self.meta.get("uid"), self.step, self.ema_rate, self.digest]
 
     @property
@@ -51,18 +51,18 @@ class Trained:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the images that the model takes."""
+        """dtype of the model's input images."""
         return torch.float64 if self.config.precision == "fp64" else torch.float32
 
 
 def image_shape(config: TrainConfig) -> tuple[int, int, int]:
-    """(C, H, W) of a run's images."""
+    """Return the shape (C, H, W) of a run's images."""
     return config.model.in_channels, config.model.image_size, config.model.image_size
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How images are drawn: with a model's weights it determines each of them."""
+    """How to draw images; together with a model's weights, it determines each image."""
 
     sampler: Literal["ancestral", "ddim"]
     steps: int
@@ -75,16 +75,16 @@ class Recipe:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"--eta: got {self.eta}, expected 0 to 1")
         if self.eta and self.sampler != "ddim":
-            raise ValueError(f"--eta: got {self.eta}, but only --sampler ddim has one")
+            raise ValueError(f"--eta: got {self.eta}, which only --sampler ddim supports")
 
     def chain(self, config: DiffusionConfig, device: torch.device) -> Diffusion:
-        """The process of so many steps, evenly spaced over the run's."""
+        """Return the process with this recipe's number of steps, evenly spaced over the run's."""
         if self.steps > config.timesteps:
             raise ValueError(f"--steps: got {self.steps}, expected 1 to the run's T = {config.timesteps}")
         return Diffusion(config, respace(config.timesteps, str(self.steps)), device)
 
     def run(self, trained: Trained, chain: Diffusion, index: Tensor, y: Tensor | None = None) -> Iterator[Step]:
-        """The steps that draw the images with these numbers (int64 [n]); each depends on the seed and its number."""
+        """Yield the steps that draw the images with these numbers (int64 [n]); an image depends on seed and number."""
 
         def noise(t: int | str) -> Tensor:
             names = ("z", t) if isinstance(t, int) else (t,)
@@ -104,22 +104,22 @@ def load_trained(
     *,
     fuse: bool = False,
 ) -> Trained:
-    """The newest whole checkpoint (or that of `step`) of the run at `url`.
+    """Load the newest intact checkpoint (or the one at `step`) of the run at `url`.
 
-    `ema_rate`: which average; default the run's first, 0 for the weights themselves. `fuse`: as --compile does.
-    Raises ValueError where the run has no checkpoint or no such average.
+    `ema_rate` chooses the moving average (default: the run's first; 0: the weights themselves); `fuse` compiles as
+    --compile does. Raises ValueError if the run has no checkpoint or no such average.
     """
     checkpoints = Checkpoints(Store(url, storage))
     records = [r for r in checkpoints.records() if r.kind == "checkpoint"]
     if not records:
-        raise ValueError(f"{url}: no checkpoint there; expected the --out of a training run")
+        raise ValueError(f"{url}: got no checkpoint, expected the --out of a training run")
     rates = from_record(records[-1].meta["config"]).ema_rates
     rate = rates[0] if ema_rate is None else ema_rate
     if rate not in (0, *rates):
-        raise ValueError(f"--ema-rate: got {rate}, the run has {', '.join(map(str, rates))}, or 0 for the weights")
+        raise ValueError(f"--ema-rate: got {rate}, expected {', '.join(map(str, rates))}, or 0 for the weights")
     part = ema_part(rate) if rate else "model"
     found = world.only_on_rank0(lambda: checkpoints.newest(parts=(part,), step=step))
-    # Rank 0 chooses for all: another checkpoint may be committed at this moment.
+    # Rank 0 chooses for all ranks: another checkpoint may be committed meanwhile.
     chosen = world.broadcast_object(found[0].step if found else None)
     found = found or checkpoints.newest(parts=(part,), step=chosen)
     assert found, "there are records"
@@ -134,27 +134,27 @@ def load_trained(
 
 
 def build_model(config: TrainConfig) -> UNet:
-    """The network of a configuration, with the initial weights of its seed, on the CPU."""
+    """Build a configuration's network on the CPU, with initial weights from its seed."""
     torch.manual_seed(stream_key(config.seed, "weights"))
     model = UNet(config.model, config.out_channels)
-    model.to(memory_format=torch.channels_last)  # what convolutions are fastest in; activations follow the weights
+    model.to(memory_format=torch.channels_last)  # fastest for convolutions; activations follow the weights
     return model.double() if config.precision == "fp64" else model
 
 
 def ema_part(rate: float) -> str:
-    """The name of an average's part in a checkpoint."""
+    """Return the name of a moving average's part in a checkpoint."""
     return f"ema-{rate:g}"
 
 
 @contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """bf16 arithmetic within it, where that is the run's precision."""
+    """Use bf16 arithmetic within the context, if that is the run's precision."""
     with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
         yield
 
 
 def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> Model:
-    """The model as it would be with other weights, which are not copied."""
+    """Return the model with other weights, without copying them."""
     return lambda x, t, y=None: functional_call(model, weights, (x, t, y))
 
 
@@ -171,10 +171,10 @@ def draw_batches(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[Tensor]:
-    """Images lo .. hi-1 as uint8 [n, C, H, W] on the device, `batch_size` at a time.
+    """Yield images lo .. hi-1 as uint8 [n, C, H, W] on the device, `batch_size` at a time.
 
-    `chain` replaces the recipe's evenly spaced one. With `frames`, uint8 [n, frames, C, H, W]: the x_start predicted
-    at that many steps of the chain, the last step included. Class-conditional models cycle through `classes`
+    `chain` replaces the recipe's evenly spaced chain. With `frames`, yields uint8 [n, frames, C, H, W]: the x_start
+    predicted at that many steps of the chain, including the last. Class-conditional models cycle through `classes`
     (default: all).
     """
     config, chain = trained.config, chain or recipe.chain(trained.config.diffusion, device)
@@ -205,7 +205,7 @@ def draw(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Tensor | None:
-    """`count` images, shared out over the ranks, on rank 0's CPU; None on the others. As `draw_batches` otherwise."""
+    """Draw `count` images, split over the ranks, like `draw_batches`; on rank 0's CPU, None on the other ranks."""
     batches = draw_batches(
         trained,
         recipe,
@@ -220,7 +220,7 @@ def draw(
 
 
 def _collect(mine: Iterator[Tensor], world: World) -> Tensor | None:
-    """The ranks' images in their order, on rank 0."""
+    """Concatenate the ranks' images in rank order, on rank 0."""
 
     def own() -> Tensor | None:
         drawn = list(mine)
@@ -234,7 +234,7 @@ def _classes(config: TrainConfig, classes: Sequence[int] | None, device: torch.d
     count = config.model.num_classes
     if count is None:
         if classes:
-            raise ValueError(f"--classes: got {list(classes)}, but the run's model is not class-conditional")
+            raise ValueError(f"--classes: got {list(classes)}, expected none: the model is not class-conditional")
         return None
     if classes and not 0 <= min(classes) <= max(classes) < count:
         raise ValueError(f"--classes: got {list(classes)}, expected 0 to {count - 1}")
@@ -249,9 +249,9 @@ def interpolate(
     world: World,
     classes: Sequence[int] | None = None,
 ) -> Tensor | None:
-    """`count` images from one end to the other by slerp of x_T and DDIM (appendix D.5): uint8 on rank 0, else None.
+    """Draw `count` images between two ends by slerp of x_T and DDIM (appendix D.5): uint8 on rank 0, else None.
 
-    An end is a seed, whose first image it is, or a PNG file, whose x_T is found by inversion (section 4.3).
+    An end is a seed, meaning its first image, or a PNG file, whose x_T is found by inversion (section 4.3).
     """
     config, device = trained.config, world.device
     chain = recipe.chain(config.diffusion, device)
@@ -276,7 +276,7 @@ def interpolate(
 
 
 def _read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """uint8 [C, H, W]; an image of another size is refused."""
+    """Read an image as uint8 [C, H, W]. Raises ValueError if it has another size."""
     channels, height, width = shape
     with Image.open(path) as picture:
         if picture.size != (width, height):
@@ -292,7 +292,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def grid_png(images: Tensor, columns: int | None = None) -> bytes:
-    """uint8 [N, C, H, W] as one PNG, nearly square; small images are enlarged to 64 pixels."""
+    """Encode uint8 [N, C, H, W] as one nearly square PNG; small images are enlarged to 64 pixels."""
     from torchvision.utils import make_grid
 
     scale = max(1, 64 // images.shape[2])
@@ -304,7 +304,7 @@ def grid_png(images: Tensor, columns: int | None = None) -> bytes:
 
 
 def batch_npz(images: Tensor, labels: Tensor | None = None) -> bytes:
-    """uint8 [N, C, H, W] as the guided-diffusion evaluator's sample batch: arr_0 [N, H, W, C], labels in arr_1."""
+    """Encode uint8 [N, C, H, W] as the guided-diffusion evaluator's sample batch: arr_0 [N, H, W, C], labels arr_1."""
     arrays = [images.permute(0, 2, 3, 1).numpy(), *([labels.numpy()] if labels is not None else [])]
     buffer = io.BytesIO()
     np.savez(buffer, *arrays)
@@ -312,40 +312,40 @@ def batch_npz(images: Tensor, labels: Tensor | None = None) -> bytes:
 
 
 def write_out(out: str, data: bytes, storage: StorageConfig) -> None:
-    """To a path or URL."""
+    """Write a file to a path or URL."""
     store, name = locate(out, storage)
     store.write(name, data)
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Draw images from a trained model, alone or on several workers, which draw the same ones."""
+    """Draw images from a trained model, on one or several workers; the images do not depend on their number."""
 
     run: tyro.conf.Positional[str]
     """The run: the --out of its training, a folder or URL."""
     out: str = "samples.png"
-    """File or URL to write: .png, a grid; .npz, uint8 [N, H, W, C] as arr_0 for evaluators (labels, if any, as arr_1).
+    """File or URL to write: .png: a grid; .npz: uint8 [N, H, W, C] as arr_0, for evaluators (labels, if any, as arr_1).
     """
     count: int = 64
     """Images to draw."""
     sampler: Literal["ancestral", "ddim"] = "ancestral"
-    """IDDPM's own sampler, or DDIM's, which is better below some 50 steps."""
+    """IDDPM's own sampler, or DDIM, which is better below about 50 steps."""
     steps: int | None = None
     """Steps of the strided chain; default: the run's --sample-steps."""
     eta: float = 0.0
-    """DDIM's noise: 0 is deterministic, 1 has the variance of the posterior."""
+    """DDIM's η: 0 is deterministic, 1 has the posterior's variance."""
     classes: tuple[int, ...] | None = None
-    """Classes to go through in turn, of a class-conditional model; default: all."""
+    """Classes to cycle through, for a class-conditional model; default: all."""
     seed: int = 0
-    """Image i depends on the seed and i alone."""
+    """Random seed; image i depends only on the seed and i."""
     progressive: int | None = None
-    """Show each image in a row of so many frames: the clean image as the chain predicted it on its way."""
+    """Show each image as a row of this many intermediate predictions of x_0."""
     between: tuple[str, str] | None = None
-    """Interpolate by DDIM in `count` frames between two seeds, as in `--between 3 7`, or two images (PNG files)."""
+    """Interpolate with DDIM, in `count` images, between two seeds, e.g. `--between 3 7`, or two PNG files."""
     ema_rate: float | None = None
-    """Which moving average of the weights; default: the run's first; 0: the weights themselves."""
+    """Decay rate of the moving average to use; default: the run's first; 0: the weights themselves."""
     step: int | None = None
-    """The checkpoint of this training step; default: the newest."""
+    """Training step of the checkpoint; default: the newest."""
     batch_size: int = 64
     """Images drawn at a time."""
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -357,11 +357,11 @@ class SampleConfig:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected 1 or more")
         if not self.out.endswith((".png", ".npz")):
-            raise ValueError(f"--out: got {self.out!r}, expected a name that ends in .png or .npz")
+            raise ValueError(f"--out: got {self.out!r}, expected a name ending in .png or .npz")
         if self.between and (self.progressive or self.eta):
-            raise ValueError("--between: goes with neither --progressive nor --eta; it is DDIM's deterministic chain")
+            raise ValueError("--between: cannot be combined with --progressive or --eta; it uses deterministic DDIM")
         if self.progressive and self.out.endswith(".npz"):
-            raise ValueError("--progressive: draws a .png; an .npz holds samples only")
+            raise ValueError("--progressive: needs a .png --out; an .npz holds only final samples")
 
 
 def main(config: SampleConfig, world: World) -> None:

@@ -1,8 +1,8 @@
 """One flat key space under a URL: a local directory, ``s3://bucket/prefix`` or any other fsspec URL.
 
-Every operation is whole: it succeeds, or it is tried again until the store's own deadline, or it fails with
-one `StorageError` that says what to do. Writes are atomic for readers on local disks and S3;
-elsewhere, as far as the fsspec backend's are.
+Every operation either succeeds, if necessary after retries until the store's deadline, or fails with one
+`StorageError` that says what to do. Writes are atomic for readers on local disks and S3; on other backends, as far as
+fsspec's are.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CHUNK = 4 << 20  # bytes read at a time
-PART = 16 << 20  # larger objects are put on S3 in parts of so many bytes
-CREDENTIALS_S = 60.0  # for who gives them, which may be a program or a service on the network
-STALE_S = 3600.0  # a temporary file untouched for so long belongs to a process that died
+PART = 16 << 20  # bytes per part of a multipart upload to S3, for objects larger than this
+CREDENTIALS_S = 60.0  # time-out for the provider of credentials, possibly a program or a network service
+STALE_S = 3600.0  # a temporary file untouched for this long belongs to a process that died
 
 
 class StorageError(OSError):
-    """A storage operation failed for good; the message is for the person. `errno` is the cause's, if any."""
+    """A storage operation failed permanently; the message tells the user what to do. `errno` is the cause's, if any."""
 
 
 class DamagedError(StorageError):
-    """The store holds something else than what was written."""
+    """The store holds something other than what was written."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class StorageConfig:
     """How to reach a store. Credentials come from the usual chain: environment, profile, instance role."""
 
     endpoint_url: str | None = None
-    """Address of an S3-compatible server, e.g. http://127.0.0.1:8333; without it, AWS."""
+    """Address of an S3-compatible server, e.g. http://127.0.0.1:8333; default: AWS."""
     profile: str | None = None
     """Profile of ~/.aws/credentials to use for s3:// URLs."""
     deadline_s: float = 300.0
-    """Seconds for which an operation that fails is tried again."""
+    """Seconds for which to retry a failing operation."""
 
     def __post_init__(self) -> None:
         if not self.deadline_s > 0:
@@ -62,7 +62,7 @@ class StorageConfig:
                 raise ValueError(f"storage.endpoint_url: got {got!r}, expected http://host[:port] or https://…")
             if carries_credentials(self.endpoint_url):
                 raise ValueError(
-                    f"storage.endpoint_url: {mask(self.endpoint_url)} carries credentials; give them by "
+                    f"storage.endpoint_url: {mask(self.endpoint_url)} carries credentials; provide them in "
                     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, never in the address"
                 )
 
@@ -70,9 +70,9 @@ class StorageConfig:
 class Store:
     """Named byte strings under `url`.
 
-    Names are relative, with "/" between parts; those whose last part starts with a dot are the store's own
-    and are never listed. Operations raise FileNotFoundError for a missing name and StorageError for
-    everything else. A Store may be used from several threads and is safe to use after a fork.
+    Names are relative, with "/" between parts; names whose last part starts with a dot are reserved for the store
+    and never listed. Operations raise FileNotFoundError for a missing name and StorageError for every other failure.
+    A Store may be used from several threads and after a fork.
     """
 
     def __init__(self, url: str | os.PathLike[str], config: StorageConfig = StorageConfig()) -> None:
@@ -82,8 +82,8 @@ class Store:
         self._backend: _Local | _S3 | _Fsspec
         if carries_credentials(self.url):
             raise ValueError(
-                f"storage URL: {mask(self.url)} carries credentials, which would be recorded; give them by"
-                " the environment or the backend's own configuration"
+                f"storage URL: {mask(self.url)} carries credentials, which would be recorded; provide them"
+                " in the environment or the backend's own configuration"
             )
         if scheme in ("", "file", "local"):
             self._backend = _Local(Path(rest).expanduser())
@@ -99,26 +99,26 @@ class Store:
 
     @property
     def local(self) -> Path | None:
-        """The directory, where this store is one on this machine; else None."""
+        """The directory, if this store is one on this machine; else None."""
         return self._backend.root if isinstance(self._backend, _Local) else None
 
     def child(self, name: str) -> Store:
-        """The store one level down."""
+        """Return the store of a folder in this one."""
         return Store(_join(self.url, _checked(name)), self.config)
 
     def read(self, name: str, sha256: str | None = None) -> bytes:
-        """The whole object. With `sha256` (hex), damage in transit is read again; at rest it is an error."""
+        """Read an object. With `sha256` (hex), retries after damage in transit; raises DamagedError if it persists."""
         parts: list[bytes] = []
         self._fetch(name, parts.clear, parts.append, sha256)
         return b"".join(parts)
 
     def download(self, name: str, local_path: str | os.PathLike[str], sha256: str | None = None) -> None:
-        """Copy an object to a local file, a few MB in memory at a time; `sha256` as in `read`. Not atomic."""
+        """Copy an object to a local file with a few MB of memory; `sha256` as in `read`. Not atomic."""
         with Path(local_path).open("wb") as file:
             self._copy(name, file, sha256)
 
     def open(self, name: str) -> io.BufferedReader | io.BufferedRandom:
-        """The object as a file to seek in; of a remote one a copy on this machine's disk, which closing removes."""
+        """Open an object as a seekable file; a remote one is first copied to a local file that `close` removes."""
         if self.local:
             path = self.local / _checked(name)
             return self._retry("open", name, lambda: path.open("rb"))
@@ -132,7 +132,7 @@ class Store:
         return file
 
     def write(self, name: str, data: bytes | memoryview) -> None:
-        """Put an object; readers see the old or the new one, never half."""
+        """Write an object; readers see the old or the new one, never a part."""
         key, backend = _checked(name), self._backend
 
         def retry(attempt: Callable[[], T]) -> T:
@@ -144,26 +144,26 @@ class Store:
             retry(lambda: backend.put(key, data))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Put an object only where none is: True if it now holds `data`, False if it holds other bytes.
+        """Write an object if none exists: True if it now holds `data`, False if it holds other bytes.
 
-        Of several writers with different bytes exactly one gets True. A put that won but whose reply was lost
-        is recognised by reading back, so racing writers must write bytes that differ, say by a random token.
+        Of several writers with different bytes, exactly one gets True. A successful put whose reply was lost is
+        recognised by reading back, so racing writers must write different bytes, e.g. with a random token.
         """
         key = _checked(name)
         for _ in range(8):
             if self._retry("create", name, lambda: self._backend.create(key, data)):
                 return True
-            with contextlib.suppress(FileNotFoundError):  # deleted since: then once more
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile: try again
                 return self.read(name) == data
         raise StorageError(f"{self._where(name)} keeps appearing and vanishing: another process deletes it")
 
     def list(self, prefix: str = "") -> list[str]:
-        """All names that start with `prefix`, sorted; never from a cache."""
+        """List all names that start with `prefix`, sorted; never from a cache."""
         names = self._retry("list", prefix, lambda: self._backend.names(prefix))
         return sorted(n for n in names if n.startswith(prefix) and not n.rpartition("/")[2].startswith("."))
 
     def size(self, name: str) -> int:
-        """Bytes of an object."""
+        """Return an object's size in bytes."""
         key = _checked(name)
         return self._retry("size", name, lambda: self._backend.size(key))
 
@@ -175,17 +175,17 @@ class Store:
         return True
 
     def delete(self, name: str) -> None:
-        """Remove an object; one that is not there is no error."""
+        """Delete an object; it need not exist."""
         key = _checked(name)
         self._retry("delete", name, lambda: self._backend.delete(key))
 
     def check(self, write: bool, once: bool = False) -> None:
-        """Fail within seconds, with advice, where this store cannot be read (or written, if `write`).
+        """Fail within seconds, with advice, if this store cannot be read (or written, if `write`).
 
-        With `once` also where it has no `create`, which keeps two attempts at a run apart.
+        With `once`, also fail if it does not support `create`, which keeps two attempts at a run apart.
         """
         quick = Store(self.url, replace(self.config, deadline_s=min(self.config.deadline_s, 8.0)))
-        if not (write and self.local):  # some servers would create a missing bucket: so look before writing
+        if not (write and self.local):  # some servers create a missing bucket on write: list first
             quick._retry("list", "", quick._backend.probe)
         if write:
             name = f".write-check-{secrets.token_hex(8)}"
@@ -194,7 +194,7 @@ class Store:
                     raise StorageError(f"{self}: this store overwrites what must be created once: {_NO_CREATE}")
                 quick.write(name, b"")
             except BaseException:
-                with contextlib.suppress(Exception):  # what failed first is what counts
+                with contextlib.suppress(Exception):  # report the first failure
                     quick.delete(name)
                 raise
             quick.delete(name)
@@ -229,22 +229,22 @@ class Store:
                 raise ConnectionError(f"got {got} of {size} bytes")
             if expected is None or digest.hexdigest() == expected:
                 return
-            # Damage in transit hardly strikes twice alike: two equal bodies are what the store holds.
+            # Damage in transit hardly repeats itself: two equal bodies are what the store holds.
             seen = (got, digest.hexdigest())
             if seen in wrong and got == self._backend.size(key):
                 if sha256 is None:
-                    return  # an ETag that is not an MD5, as some servers give
+                    return  # some servers' ETags are not an MD5
                 raise DamagedError(
                     f"{self._where(name)} is damaged in the store: its sha256 is {seen[1][:16]}…, expected "
-                    f"{sha256[:16]}…; put back the right object, or write it again"
+                    f"{sha256[:16]}…; restore the object or rewrite it"
                 )
             wrong.add(seen)
-            raise ConnectionError(f"a body of {got} bytes with the wrong checksum")
+            raise ConnectionError(f"got {got} bytes with a wrong checksum")
 
         self._retry("read", name, attempt)
 
     def _retry(self, verb: str, name: str, attempt: Callable[[], T]) -> T:
-        """Call `attempt` until it succeeds, fails for good, or fails when the deadline has passed."""
+        """Call `attempt` until it succeeds, fails permanently, or the deadline has passed."""
         start, tries = time.monotonic(), 0
         while True:
             try:
@@ -263,7 +263,7 @@ class Store:
                 wait = min(0.1 * 2 ** min(tries, 8), 10.0) * random.uniform(0.5, 1.0)
                 spent = time.monotonic() - start
                 if spent + wait >= self.config.deadline_s:
-                    hint = "is the disk sound?" if self.local else "is the server up, and its address right?"
+                    hint = "check the disk" if self.local else "check that the server is up and its address correct"
                     gave_up = f"gave up after {tries} tries in {spent:.0f} s; {hint}"
                     raise self._failure(verb, name, error, gave_up) from error
                 _log_burst(str(self), mask(f"{verb} {name}: {_describe(error)}"), self.config.deadline_s)
@@ -276,7 +276,7 @@ class Store:
 
 
 def locate(url: str, config: StorageConfig) -> tuple[Store, str]:
-    """Where a file is, by its path or URL: the store, and its name there."""
+    """Split a file's path or URL into its store and its name there."""
     folder, _, name = url.rpartition("/")
     return Store(folder or ("/" if url.startswith("/") else "."), config), name
 
@@ -286,7 +286,7 @@ def _join(url: str, name: str) -> str:
 
 
 def unless_missing(error: Exception) -> None:
-    """For `os.walk`, which takes a folder that cannot be read for an empty one."""
+    """Raise unless a folder is missing. For `os.walk`, which otherwise treats an unreadable folder as empty."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 
@@ -298,7 +298,7 @@ def _pieces(file: Any) -> Iterator[bytes]:
 
 
 class _Local:
-    """A directory. Files appear by rename or link, so that no reader sees half of one."""
+    """A directory. Files appear by rename or link, so no reader sees a partial file."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -322,14 +322,14 @@ class _Local:
     def names(self, prefix: str) -> list[str]:
         found, (above, _, start) = [], prefix.rpartition("/")
         for folder, folders, files in os.walk(self.root / above, onerror=unless_missing):
-            if Path(folder) == self.root / above:  # others' folders beside ours, lost+found too, need not be readable
+            if Path(folder) == self.root / above:  # foreign folders, such as lost+found, may be unreadable
                 folders[:] = [name for name in folders if name.startswith(start) and name != "lost+found"]
             found += [str((Path(folder) / file).relative_to(self.root).as_posix()) for file in files]
         return found
 
     def probe(self) -> None:
         if not (self.root.is_dir() and os.access(self.root, os.R_OK | os.X_OK)):
-            raise StorageError(f"{self.root} is not a directory that can be read: check path and mode")
+            raise StorageError(f"{self.root} is not a readable directory: check its path and mode")
 
     def size(self, key: str) -> int:
         return (self.root / key).stat().st_size
@@ -358,13 +358,13 @@ class _Local:
             temporary.unlink(missing_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # the name too survives a power cut
+            os.fsync(descriptor)  # so that the name also survives a power cut
         finally:
             os.close(descriptor)
 
 
 class _Fsspec:
-    """Any other fsspec backend; how atomic its puts are is the backend's word."""
+    """Any other fsspec backend; atomicity of writes is up to the backend."""
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -377,7 +377,7 @@ class _Fsspec:
 
     @property
     def fs(self) -> Any:
-        """fsspec's instance, of which it has one a process: none survives a fork."""
+        """This process's fsspec instance; instances do not survive a fork."""
         import fsspec
 
         return fsspec.core.url_to_fs(self.url)[0]
@@ -404,7 +404,7 @@ class _Fsspec:
         self.fs.invalidate_cache()
         folder = f"{self.root}/{prefix.rpartition('/')[0]}".rstrip("/")
         found = self.fs.find(folder)
-        if not found:  # which may mean that the folder cannot be read: this then says so
+        if not found:  # or the folder is unreadable, in which case `ls` raises
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 self.fs.ls(folder)
         return [path.removeprefix(self.root).lstrip("/") for path in found]
@@ -422,7 +422,7 @@ class _Fsspec:
 
 
 class _S3:
-    """A prefix of a bucket, by s3fs's client: single requests, so that what failed is what is tried again."""
+    """A prefix of a bucket, accessed by single requests of s3fs's client, so that a retry repeats only what failed."""
 
     def __init__(self, path: str, config: StorageConfig) -> None:
         self.bucket, _, self.prefix = path.partition("/")
@@ -433,7 +433,7 @@ class _S3:
     def chunks(self, key: str) -> tuple[tuple[int | None, str | None], Iterator[bytes]]:
         response = self._call("get_object", Key=self._key(key))
         body, etag = response["Body"], response.get("ETag", "").strip('"')
-        # The ETag of an object put in one piece and not encrypted by a key of one's own is its MD5.
+        # The ETag is the object's MD5 if it was uploaded in one part and not encrypted with a customer's key.
         own_key = "SSECustomerAlgorithm" in response or "SSEKMSKeyId" in response
         md5 = etag if not own_key and re.fullmatch("[0-9a-f]{32}", etag) else None
 
@@ -442,7 +442,7 @@ class _S3:
                 while chunk := self._run(body.read(CHUNK), 2 * self.patience):
                     yield chunk
             finally:
-                self._fs().loop.call_soon_threadsafe(body.close)  # it is the loop's
+                self._fs().loop.call_soon_threadsafe(body.close)  # the body belongs to the loop's thread
 
         return (response.get("ContentLength"), md5), parts()
 
@@ -450,7 +450,7 @@ class _S3:
         self._call("put_object", Key=self._key(key), Body=bytes(data))
 
     def put_in_parts(self, key: str, data: bytes | memoryview, retry: Callable[[Callable[[], Any]], Any]) -> None:
-        """Each part is tried again by itself: a large object would hardly ever get through in one piece."""
+        """Upload in parts, each retried on its own: a large object would rarely get through in one request."""
         where = {"Key": self._key(key)}
         where["UploadId"] = retry(lambda: self._call("create_multipart_upload", **where))["UploadId"]
 
@@ -463,10 +463,10 @@ class _S3:
             with ThreadPoolExecutor(4) as pool:
                 parts = list(pool.map(send, range(1, -(-len(data) // PART) + 1)))
             retry(lambda: self._call("complete_multipart_upload", MultipartUpload={"Parts": parts}, **where))
-        except FileNotFoundError:  # no such upload: it is complete, and that reply was lost, or someone has removed it
+        except FileNotFoundError:  # completed, but the reply was lost; or someone has removed it
             raise ConnectionError("the upload has vanished") from None
         except BaseException:
-            with contextlib.suppress(Exception):  # why the upload failed is what counts
+            with contextlib.suppress(Exception):  # report why the upload failed
                 self._call("abort_multipart_upload", **where)
             raise
 
@@ -520,7 +520,7 @@ class _S3:
 
 
 async def _credentials(fs: Any) -> None:
-    """Have them fetched or renewed where they must be, which a request would else do in its own, short time."""
+    """Fetch or renew the credentials if necessary; otherwise a request would do so within its own, short time-out."""
     await fs.set_session()
     if credentials := await fs.session.get_credentials():
         await credentials.get_frozen_credentials()
@@ -533,7 +533,7 @@ def _s3_filesystem(
     profile: str | None,
     patience: float,
 ) -> Any:
-    """One s3fs instance a process (none survives a fork), its own retries off: our deadline rules."""
+    """One s3fs instance per process (instances do not survive a fork), without retries: ours have the deadline."""
     import s3fs
 
     custom = endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -557,23 +557,23 @@ def _s3_filesystem(
 # --- what an error means ---
 
 _NO_CREATE = (
-    "two attempts at a run could then ruin each other's checkpoints; take a store that creates an object only where"
-    " none is, such as S3 with If-None-Match, or a disk"
+    "two attempts at a run could overwrite each other's checkpoints; use a store with create-if-absent, such as S3 with"
+    " If-None-Match, or a disk"
 )
-_CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, --storage.profile, or the role of the machine"
+_CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, --storage.profile, or the machine's role"
 _ADVICE = {
     "NoSuchBucket": "create the bucket, or check its name and the endpoint (--storage.endpoint-url)",
-    "AccessDenied": f"these credentials may not do that: ask for the right, or {_CREDENTIALS}",
+    "AccessDenied": f"permission denied: request access, or {_CREDENTIALS}",
     "InvalidAccessKeyId": f"the server does not know this access key: {_CREDENTIALS}",
     "SignatureDoesNotMatch": f"the secret key is wrong: {_CREDENTIALS}",
     "ExpiredToken": "the credentials have expired: get new ones and run the same command again",
-    "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
+    "RequestTimeTooSkewed": "this machine's clock is wrong: correct it",
     "NoCredentialsError": f"no credentials were found: {_CREDENTIALS}",
-    "PartialCredentialsError": f"half of the credentials is missing: {_CREDENTIALS}",
-    "ProfileNotFound": "name a profile that is in ~/.aws/config or ~/.aws/credentials",
+    "PartialCredentialsError": f"incomplete credentials: {_CREDENTIALS}",
+    "ProfileNotFound": "choose a profile defined in ~/.aws/config or ~/.aws/credentials",
     "ParamValidationError": "check the bucket's name",
-    "UnauthorizedSSOTokenError": "log in anew: aws sso login",
-    "ConfigParseError": "mend ~/.aws/config or ~/.aws/credentials",
+    "UnauthorizedSSOTokenError": "log in again: aws sso login",
+    "ConfigParseError": "fix ~/.aws/config or ~/.aws/credentials",
     "NotImplemented": _NO_CREATE,
 }
 _ADVICE |= {
@@ -588,7 +588,7 @@ _ERRNO_ADVICE = {
     errno.EDQUOT: "the disk quota is used up: free some space or choose another directory",
     errno.EROFS: "the file system is read-only: choose another directory",
     errno.EACCES: "no permission: check the owner and mode of the directory, or choose another",
-    errno.EPERM: "not permitted here: check the directory's owner, and that its file system knows hard links",
+    errno.EPERM: "not permitted here: check the directory's owner, and that its file system supports hard links",
     **dict.fromkeys((errno.ENOSYS, errno.EOPNOTSUPP), "this file system has no hard links: choose another"),
     errno.ENOTDIR: "a part of the path is a file: choose another path",
     errno.EEXIST: "a part of the path is a file: choose another path",
@@ -608,7 +608,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _code(error: BaseException) -> str | None:
-    """The S3 error code behind an exception, if there is one."""
+    """Return the S3 error code behind an exception, if there is one."""
     for cause in _chain(error):
         if isinstance(response := getattr(cause, "response", None), dict) and "Error" in response:
             return str(response["Error"].get("Code"))
@@ -616,7 +616,7 @@ def _code(error: BaseException) -> str | None:
 
 
 def _advice(error: Exception) -> str | None:
-    """What to do about an error for which trying again is no use; None where it may help."""
+    """Say what to do about an error that a retry cannot fix; None if a retry may help."""
     for cause in _chain(error):
         if type(cause).__name__ in _ADVICE:
             return _ADVICE[type(cause).__name__]
@@ -632,7 +632,7 @@ def _advice(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _ERRNO_ADVICE:
         return _ERRNO_ADVICE[error.errno]
     if isinstance(error, (TypeError, ValueError, LookupError, AttributeError, AssertionError, ImportError)):
-        raise error  # a mistake in a program, not in a store
+        raise error  # a bug, not a storage failure
     return None
 
 
@@ -642,7 +642,7 @@ def _describe(error: BaseException) -> str:
     return mask(" ".join(text.split()))[:300]
 
 
-# A password may have "/" in it, where the server that it is for does not mind; what looks like a port has none.
+# A password may contain "/", which some servers accept; what looks like a port and a path is not a password.
 _USER = re.compile(
     r"""(?<=://)(?:[^/\s"']*:[^/\s"']*|[^/\s"':@]*:(?!\d{1,5}/)[^\s"'@]*)@|(?<=http://)[^/\s"']+@|(?<=https://)[^/\s"']+@"""
 )
@@ -650,19 +650,19 @@ _KEY = re.compile(r"""(?i)((?:signature|token|credential|secret|password|pwd|[?&
 
 
 def mask(text: str) -> str:
-    """The text without user:password@ of an address (or user@, which may be a token, of a web page's), and without
-    signatures and passwords of a query.
+    """Hide credentials in a text: user:password@ in addresses (for http also user@, which may be a token), and
+    signatures and passwords in queries.
     """
     return _KEY.sub(r"\1***", _USER.sub("***@", text))
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of an error's message, masked; its type where it has none."""
+    """Return the first line of an error's message, masked, or its type if it has none."""
     return mask((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
 
 
 def carries_credentials(url: str) -> bool:
-    """Whether there are any in it: abfs://container@account and a path with token=1 in it have none."""
+    """Whether a URL contains credentials; abfs://container@account and a path containing token=1 do not."""
     return bool(_USER.search(url) or _KEY.search(url[url.find("?") :] if "?" in url else ""))
 
 
@@ -676,12 +676,12 @@ _burst: dict[str, tuple[float, int]] = {}
 
 
 def _log_burst(url: str, text: str, deadline_s: float) -> None:
-    """One line for a burst of failures: the first at once, then at most one a minute, with their number."""
+    """Log a burst of failures: the first at once, then at most one line a minute with their number."""
     now = time.monotonic()
     last, count = _burst.get(url, (float("-inf"), 0))
     if now - last < 60.0:
         _burst[url] = (last, count + 1)
         return
     more = f" ({count} more since the last such line)" if count else ""
-    log.warning("storage %s: %s; trying again for up to %.0f s%s", url, text, deadline_s, more)
+    log.warning("storage %s: %s; retrying for up to %.0f s%s", url, text, deadline_s, more)
     _burst[url] = (now, 0)

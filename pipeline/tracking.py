@@ -1,10 +1,10 @@
-"""The history of a run: a local journal, always, and MLflow, when it answers.
+"""The history of a run: always in a local journal, and in MLflow when it answers.
 
-`Tracker.log` appends a line to `journal.jsonl` and returns. A thread ships the journal's lines to MLflow and
-remembers how far it came, so that a tracking server that is slow, dead or restarted neither holds training up nor
-leaves a gap. A resumed run repeats steps that the journal already has: those are not written a second time.
-`python -m pipeline.tracking RUN` ships what is left. A remote run's URL gets a copy with each checkpoint, from
-training alone: an evaluation elsewhere puts its line into a file of its own beside it, which every reader adds.
+`Tracker.log` appends a line to `journal.jsonl` and returns. A thread sends the journal's lines to MLflow and remembers
+its progress, so that a slow, dead or restarted tracking server neither delays training nor leaves a gap. A resumed run
+repeats steps that the journal already has; those are not written again. `python -m pipeline.tracking RUN` sends what is
+left. With each checkpoint, training copies the journal to a remote run's URL. Only training writes that copy: an
+evaluation elsewhere puts its line into a separate file next to it, and readers merge these files.
 """
 
 import contextlib
@@ -27,25 +27,25 @@ from pipeline.config import TrackingConfig, flatten, parse_flags
 from pipeline.storage import StorageConfig, Store, first_line, mask
 
 JOURNAL = "journal.jsonl"
-EVALUATIONS = "evaluations/"  # folder beside the copy under a remote run's URL
-BATCH = 200  # journal lines shipped at once
+EVALUATIONS = "evaluations/"  # folder next to the copy under a remote run's URL
+BATCH = 200  # journal lines sent at once
 
 
 def journal_dir(out: str) -> Path:
-    """The local folder of a run's journal: the run's own where it is local, else runs/NAME-HASH here."""
+    """Return the local folder of a run's journal: a local run's own folder, else runs/NAME-HASH."""
     store = Store(out)
     return store.local or Path("runs") / f"{run_name(out)}-{hashlib.sha256(store.url.encode()).hexdigest()[:8]}"
 
 
 def run_name(out: str) -> str:
-    """What a run is called where it was given no name: the last part of its folder or URL."""
+    """Return a run's default name: the last part of its folder or URL."""
     return out.rstrip("/").rsplit("/", 1)[-1]
 
 
 def read_journal(run: Path | Store) -> list[dict[str, Any]]:
-    """The journal's records, from its folder or from a remote run's URL; none where there is none.
+    """Read the journal's records from its folder or a remote run's URL; empty if there is no journal.
 
-    A last line that a crash cut off is not one.
+    Ignores a last line that a crash has truncated.
     """
     try:
         if isinstance(run, Path):
@@ -57,14 +57,14 @@ def read_journal(run: Path | Store) -> list[dict[str, Any]]:
 
 
 def statuses(records: Sequence[dict[str, Any]]) -> list[str | None]:
-    """What a journal's records of training tell of its status. A run that has ended has its status last; one that
-    trains, or died, None.
+    """Return the statuses in a journal's records of training. The last one is None if the run is training or died,
+    else its final status.
     """
     return [r.get("status") for r in records if r["kind"] in ("status", "metrics", "tags")]
 
 
 def fetch_journal(run: Store, folder: Path) -> None:
-    """Take over from a remote run's URL what the journal here lacks, where another machine went on or evaluated."""
+    """Fetch from a remote run's URL what the local journal lacks, if another machine resumed or evaluated the run."""
     if run.local is not None:
         return
     try:
@@ -75,7 +75,7 @@ def fetch_journal(run: Store, folder: Path) -> None:
     here = path.read_bytes() if path.exists() else b""
     if not here.startswith(copy) and _last_step(copy) >= _last_step(here):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / Shipper.STATE).unlink(missing_ok=True)  # it counts the bytes of the other
+        (folder / Shipper.STATE).unlink(missing_ok=True)  # it counts bytes of the replaced journal
         path.write_bytes(copy)
         here = copy
     with path.open("ab+") as file:
@@ -84,7 +84,7 @@ def fetch_journal(run: Store, folder: Path) -> None:
 
 
 def put_evaluation(run: Store, line: bytes) -> None:
-    """Beside the copy of the journal, which is training's alone: it may be writing its next one just now."""
+    """Write an evaluation's line to a file next to the journal's copy, which training alone may overwrite."""
     record = json.loads(line)
     del record["time"]  # the same numbers measured again are the same evaluation
     digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
@@ -92,7 +92,7 @@ def put_evaluation(run: Store, line: bytes) -> None:
 
 
 def _evaluations(run: Store, journal: bytes) -> bytes:
-    """The lines that other machines have put beside the copy and that the journal lacks."""
+    """Return the lines next to the journal's copy, written by other machines, that the journal lacks."""
     return b"".join(line for name in run.list(EVALUATIONS) if (line := run.read(name)) not in journal)
 
 
@@ -109,13 +109,13 @@ def _last_step(journal: bytes) -> int:
 
 
 def find_uid(folder: Path, config: dict[str, Any]) -> str | None:
-    """The identity of the run that the journal belongs to, where it has this configuration."""
+    """Return the uid of the journal's run, if it has this configuration."""
     records = read_journal(folder)
     return records[0]["uid"] if records and records[0]["config"] == config else None
 
 
 class Tracker:
-    """Writes one run's journal and ships it. Rank 0 alone has one."""
+    """Writes one run's journal and sends it to MLflow. Exists only on rank 0."""
 
     def __init__(
         self,
@@ -127,9 +127,9 @@ class Tracker:
         run_config: dict[str, Any],
         dataset: dict[str, str],
     ) -> None:
-        """Continue the journal in `folder` where it belongs to the run `uid`, else begin one.
+        """Continue the journal in `folder` if it belongs to the run `uid`, else start a new one.
 
-        `dataset` has url, name and digest. Raises OSError where the folder cannot be written.
+        `dataset` has url, name and digest. Raises OSError if the folder is not writable.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -155,29 +155,29 @@ class Tracker:
         self.shipper = None if config.uri == "none" else Shipper(folder, config)
 
     def tags(self, tags: dict[str, str]) -> None:
-        """Facts about this attempt that may differ from the last one's, such as the world size."""
+        """Record facts about this attempt that may differ between attempts, such as the world size."""
         self._append({"kind": "tags", "tags": tags})
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append metrics, unless an earlier attempt has already written this step's."""
+        """Append metrics, unless an earlier attempt has written this step's."""
         if step > self.last["metrics"]:
             self._append({"kind": "metrics", "step": step, "metrics": metrics})
             self.last["metrics"] = step
 
     def evaluation(self, step: int, metrics: dict[str, float], passports: dict[str, dict[str, Any]]) -> bytes:
-        """Append what was measured of a checkpoint, unless just that is there already; its line."""
+        """Append a checkpoint's evaluation, unless the journal already has it; return its line."""
         record = {"kind": "evaluation", "step": step, "metrics": metrics, "passports": passports}
         there = (r for r in read_journal(self.folder) if record.items() <= r.items())
         return _line(known) if (known := next(there, None)) else self._append(record)
 
     def epoch(self, epoch: int, digest: int) -> None:
-        """Record that an epoch is complete and had each sample once, with the digest that shows it."""
+        """Record that an epoch is complete and had each sample once, with the digest that proves it."""
         if epoch > self.last["epoch"]:
             self._append({"kind": "epoch", "step": epoch, "digest": digest})
             self.last["epoch"] = epoch
 
     def image(self, step: int, key: str, png: bytes) -> Path:
-        """Write a picture to samples/ and record it."""
+        """Write an image to samples/ and record it."""
         path = self.folder / "samples" / f"{key}-{step:07d}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(png)
@@ -187,7 +187,7 @@ class Tracker:
         return path
 
     def close(self, status: str | None) -> None:
-        """End this attempt (FINISHED, FAILED or KILLED; None: no news) and give the shipper a last, bounded chance."""
+        """End this attempt (FINISHED, FAILED, KILLED; None: unchanged) and give the shipper limited time to finish."""
         if status:
             self._append({"kind": "status", "status": status})
         self._file.close()
@@ -202,7 +202,7 @@ class Tracker:
 
 
 class Shipper:
-    """Sends a journal to MLflow from a thread of its own."""
+    """Sends a journal to MLflow from a background thread."""
 
     STATE = "journal.shipped"
 
@@ -221,7 +221,7 @@ class Shipper:
 
     @property
     def done(self) -> bool:
-        """Whether the whole journal has arrived, after `close`."""
+        """Whether the whole journal had arrived after `close`."""
         return self._done.is_set()
 
     def close(self) -> None:
@@ -231,7 +231,7 @@ class Shipper:
             self._given_up = True
             reason = f": {self.problem}" if self.problem else ""
             print(
-                f"warning: MLflow at {mask(self.uri)} has not taken the whole history{reason}. Nothing is lost:"
+                f"warning: MLflow at {mask(self.uri)} has not received the whole history{reason}. Nothing is lost:"
                 f" it is in {self.folder / JOURNAL}; send it with `python -m pipeline.tracking {self.folder}`.",
                 flush=True,
             )
@@ -248,11 +248,11 @@ class Shipper:
                     return
                 if not caught_up:
                     continue
-            except Exception as error:  # a tracking server's troubles are never the run's
+            except Exception as error:  # a failing tracking server must not stop the run
                 if self.problem is None:
                     print(
-                        f"warning: MLflow at {mask(self.uri)} does not answer ({first_line(error)}); training goes"
-                        f" on, its history is in {self.folder / JOURNAL}, and is sent when MLflow is back.",
+                        f"warning: MLflow at {mask(self.uri)} does not answer ({first_line(error)}); training"
+                        f" continues, its history is in {self.folder / JOURNAL} and is sent when MLflow is back.",
                         flush=True,
                     )
                 self.problem = first_line(error)
@@ -264,11 +264,11 @@ class Shipper:
                 self._closing.wait(pause)
 
     def _ship(self) -> bool:
-        """Send the next lines; whether there are none left."""
+        """Send the next lines; return whether none were left."""
         state_path = self.folder / self.STATE
         try:
             state = json.loads(state_path.read_text())
-        except (FileNotFoundError, ValueError):  # sent again, nothing changes
+        except (FileNotFoundError, ValueError):  # sending again changes nothing
             state = {}
         with (self.folder / JOURNAL).open("rb") as file:
             head = json.loads(file.readline())
@@ -276,7 +276,7 @@ class Shipper:
                 client = connect(self.uri)
                 self.run_id = _run_of(client, head)
                 if state.get("run_id") != self.run_id:
-                    # All is sent, but for steps that another machine has sent: there they have other times.
+                    # Send everything except steps that another machine has sent, with other timestamps.
                     history = client.get_metric_history(self.run_id, "compute/train_flops")
                     self._there = {point.step: point.timestamp for point in history}
                 self._client = client
@@ -296,13 +296,13 @@ class Shipper:
 
 
 def tracking_uri(config: TrackingConfig) -> str:
-    """Where MLflow is, as configured, or as the environment says."""
+    """Return MLflow's URI: configured, from the environment, or the default."""
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
 def connect(uri: str) -> Any:
-    """An MlflowClient that gives up soon."""
-    # MLflow's own patience (minutes) would keep the last, bounded flush from ever succeeding.
+    """Return an MlflowClient with short time-outs."""
+    # With MLflow's defaults (minutes), the last, bounded flush would never succeed.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow import MlflowClient
@@ -311,7 +311,7 @@ def connect(uri: str) -> Any:
 
 
 def find_or_create_run(client: Any, experiment: str, uid: str, name: str, tags: dict[str, str]) -> str:
-    """The id of the MLflow run with this uid, which is new or goes on."""
+    """Return the id of the MLflow run with this uid, created if necessary."""
     from mlflow.exceptions import MlflowException
 
     known = client.get_experiment_by_name(experiment)
@@ -330,7 +330,7 @@ def find_or_create_run(client: Any, experiment: str, uid: str, name: str, tags: 
 
 
 def _run_of(client: Any, head: dict[str, Any]) -> str:
-    """The id of the MLflow run of the journal with this head; below its parent, where it has one."""
+    """Return the id of the MLflow run of the journal with this first record, below its parent if it has one."""
     tags = {}
     if head.get("parent"):
         parent = find_or_create_run(client, head["experiment"], head["parent"], head["experiment"], {})
@@ -339,9 +339,9 @@ def _run_of(client: Any, head: dict[str, Any]) -> str:
 
 
 def _send(client: Any, run_id: str, folder: Path, records: Sequence[dict[str, Any]], there: dict[int, int]) -> None:
-    """Send journal records. Sending them again changes nothing: equal metrics are one point to MLflow.
+    """Send journal records. Sending them again changes nothing: MLflow stores equal metrics as one point.
 
-    `there`: the times of steps that are not sent if theirs are others.
+    `there` maps steps that MLflow already has to their timestamps; records of them with other timestamps are not sent.
     """
     from mlflow.entities import Metric, Param, RunTag
 
@@ -378,7 +378,7 @@ def _log_dataset(client: Any, run_id: str, dataset: dict[str, str]) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     source = json.dumps({"url": mask(dataset["url"])})
-    entity = Dataset(dataset["name"], dataset["digest"][:36], "webdataset", source)  # MLflow takes 36 characters
+    entity = Dataset(dataset["name"], dataset["digest"][:36], "webdataset", source)  # MLflow allows 36 characters
     client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
 
 
@@ -392,7 +392,7 @@ def _log_image(client: Any, run_id: str, path: Path, key: str, step: int) -> Non
 
 
 def _cut_torn_line(file: Any) -> None:
-    """Remove the piece of a line that a crash left at the end; never a line that another process adds meanwhile."""
+    """Remove a line that a crash truncated at the end; never one that another process is adding."""
     file.seek(0)
     content = file.read()
     if (whole := content.rfind(b"\n") + 1) < len(content):
@@ -402,14 +402,14 @@ def _cut_torn_line(file: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ShipConfig:
-    """Send a run's journal to MLflow: all that has not arrived."""
+    """Send what MLflow is missing of a run's journal."""
 
     run: tyro.conf.Positional[str]
-    """The run: its --out, a folder or URL; or the folder that a warning named."""
+    """The run: its --out, a folder or URL; or the folder named in a warning."""
     uri: str | None = None
     """MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
     wait_s: float = 300.0
-    """Longest time to try, in seconds."""
+    """Longest time to keep trying, in seconds."""
     storage: StorageConfig = dataclasses.field(default_factory=StorageConfig)
 
 
@@ -425,7 +425,7 @@ def main() -> None:
                     with contextlib.suppress(FileNotFoundError):
                         picture.write_bytes(run.read(record["file"]))
         if not (folder / JOURNAL).exists():
-            raise ValueError(f"{run}: no {JOURNAL} there; expected the --out of a run")
+            raise ValueError(f"{run}: got no {JOURNAL}, expected the --out of a run")
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     shipper = Shipper(folder, TrackingConfig(uri=config.uri, flush_s=config.wait_s))

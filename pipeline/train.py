@@ -1,4 +1,4 @@
-"""`python -m pipeline.train`: the command line over `pipeline.loop`, under any launcher."""
+"""`python -m pipeline.train`: the command line of `pipeline.loop`, under any launcher."""
 
 import json
 import os
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> None:
     config, dry_run = parse_train(argv)
-    # Only now what takes seconds to import: --help and mistakes answer at once.
+    # Slow imports come only now, so that --help and usage errors answer at once.
     if dry_run:
         print(describe(config))
         return
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: TrainConfig, world: "World") -> int:
-    """One rank's exit status."""
+    """Train on one rank; return its exit status."""
     world.catch_signals()
     from pipeline.launch import report
     from pipeline.loop import train
@@ -47,7 +47,7 @@ def run(config: TrainConfig, world: "World") -> int:
 
 
 def was_interrupted(config: TrainConfig) -> bool:
-    """Whether a signal stopped the run's last attempt: its own word, where a launcher hides its exit status."""
+    """Whether a signal stopped the run's last attempt, by its own record: a launcher may hide its exit status."""
     try:
         mark = json.loads(Store(config.out, config.storage).read(INTERRUPTED_FILE))
     except FileNotFoundError:
@@ -56,7 +56,7 @@ def was_interrupted(config: TrainConfig) -> bool:
 
 
 def provide_digits(config: TrainConfig) -> None:
-    """Prepare the digits, which come with a Python package, where a run wants them and has none."""
+    """Prepare the digits, which come with scikit-learn, if a run needs them and they are missing."""
     if config.data.url == "data/digits" and not Path(config.data.url, "val.index.json").exists():  # written last
         from pipeline.prepare import prepare_digits
 
@@ -64,7 +64,7 @@ def provide_digits(config: TrainConfig) -> None:
 
 
 def describe(config: TrainConfig) -> str:
-    """The resolved run, for `--dry-run`: its configuration, and what it costs."""
+    """Describe the resolved configuration and its cost, for `--dry-run`."""
     import torch
     import yaml
 
@@ -78,11 +78,11 @@ def describe(config: TrainConfig) -> str:
         yaml.safe_dump(record(config), sort_keys=False).rstrip(),
         "---",
         f"parameters          {cost.parameters:,}",
-        f"forward             {cost.forward / 1e9:.2f} GFLOPs an image ({cost.forward / 2e9:.2f} GMACs)",
-        f"training            {cost.train / 1e9:.2f} GFLOPs an image, forward and backward",
+        f"forward             {cost.forward / 1e9:.2f} GFLOPs per image ({cost.forward / 2e9:.2f} GMACs)",
+        f"training            {cost.train / 1e9:.2f} GFLOPs per image, forward and backward",
         f"steps               {steps:,} of {config.batch_size} images = {images:,} images",
         f"total               {float(cost.train * images):.3e} FLOPs",
-        f"memory, estimated   {sum(cost.memory.values()) / 2**30:.2f} GiB on one rank for forward passes of"
+        f"memory, estimated   {sum(cost.memory.values()) / 2**30:.2f} GiB per rank for forward passes of"
         f" {cost.share} images ({parts})",
         f"devices here        {torch.cuda.device_count()} GPUs",
     ]

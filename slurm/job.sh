@@ -8,7 +8,7 @@ max_restarts="${MAX_RESTARTS:-200}" # per job, so that nothing requeues forever
 patience=90                         # seconds from the warning; a command still running then is killed, and resumes later
 
 if [[ -z "${SLURM_JOB_ID:-}" ]]; then
-  echo "error: there is no Slurm job; submit this script with sbatch, or run it inside salloc" >&2
+  echo "error: not in a Slurm job; submit this script with sbatch, or run it inside salloc" >&2
   exit 2
 fi
 
@@ -70,9 +70,9 @@ finish() {
   # In another state someone else has decided, and scontrol would revive even a cancelled job.
   state="$(scontrol show job "$job")"
   if [[ "$state" != *JobState=RUNNING* || "$state" != *BatchFlag=1* ]]; then
-    echo "interrupted; the same command goes on"
+    echo "interrupted; the same command resumes"
   elif ((${SLURM_RESTART_COUNT:-0} >= max_restarts)); then
-    echo "interrupted, and not requeued: job $job has started again $max_restarts times (MAX_RESTARTS)" >&2
+    echo "interrupted, not requeued: job $job has restarted $max_restarts times (MAX_RESTARTS)" >&2
   else
     echo "interrupted: requeueing job $job"
     scontrol requeue "$job"

@@ -1,4 +1,4 @@
-"""What tests share: markers for the real parts they need, and a small dataset."""
+"""Shared fixtures: markers for the real programs that tests need, and a small dataset."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# One thread: the networks of these tests are small, and two processes whose threads wait for each other are slow.
+# One thread: these tests' networks are small, and several processes with many threads slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -21,11 +21,11 @@ from pipeline.prepare import prepare_digits
 
 ROOT = Path(__file__).parent.parent
 
-# For every subprocess too: no telemetry, and nothing of the user's tracking set-up.
+# For subprocesses too: no telemetry, and none of the user's tracking configuration.
 os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "RAY_USAGE_STATS_ENABLED": "0"}
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
-# A shell ignores Ctrl-C on behalf of its background jobs, and what they start would ignore it too.
+# A shell makes its background jobs ignore Ctrl-C, and their children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MARKERS = {
@@ -50,7 +50,7 @@ def _path() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.markexpr != "cuda":  # the other tests are of the CPU, with more ranks than a machine has GPUs
+    if config.option.markexpr != "cuda":  # the other tests run on the CPU, with more ranks than a machine has GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for name, (what, _, _) in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: needs {what}")
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marked and not available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=f"needs {what}, which is not here: {advice}"))
-    # Fast ones first: what needs a server or a cluster comes last.
+    # Fast tests first; those that need a server or a cluster last.
     items.sort(key=lambda item: any(item.get_closest_marker(m) for m in ("slow", *MARKERS)))
 
 
@@ -77,7 +77,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A real file system of its own below `folder`, with room for `size` (as mount's, such as 40m)."""
+    """Mount a separate file system below `folder`, of a limited `size` (in mount's format, such as 40m)."""
     disk = folder / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
@@ -89,7 +89,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-# A run small enough to take seconds, with every part of a large one.
+# A run that takes seconds but has every part of a large one.
 TINY = [
     *("--batch-size", "16", "--horizon", "12steps", "--log-every", "4", "--checkpoint-every", "4"),
     *("--sample-every", "6", "--sample-count", "4", "--sample-steps", "4", "--tracking.uri", "none"),
@@ -98,12 +98,12 @@ TINY = [
 
 
 def tiny(digits: str, out: object, *flags: str) -> TrainConfig:
-    """The configuration of a tiny run; `flags` override it."""
+    """Return the configuration of a tiny run; `flags` override it."""
     return parse_train([*TINY, "--data.url", digits, "--out", str(out), *flags])[0]
 
 
 def run_train(*flags: str, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
-    """`python -m pipeline.train` as a user runs it."""
+    """Run `python -m pipeline.train` as a user does."""
     return run_module("pipeline.train", *flags, check=check, **options)
 
 
@@ -125,7 +125,7 @@ def run_module(
 
 @pytest.fixture(scope="session")
 def small_run(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny run, trained for some steps: T = 20, class-conditional, in float64, with two checkpoints."""
+    """Train a tiny run for a few steps: T = 20, class-conditional, in float64, with two checkpoints."""
     from pipeline.loop import train
     from pipeline.world import World
 

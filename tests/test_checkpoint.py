@@ -161,7 +161,7 @@ def test_a_stale_attempt_cannot_commit(checkpoints: Checkpoints) -> None:
     record, loaded = checkpoints.newest()
     assert record.step == 4
     assert same(loaded, parts(4))
-    commit(checkpoints, 5)  # its claim removes what the stale attempt left behind
+    commit(checkpoints, 5)  # its claim removes what the stale attempt left
     named = {e["file"] for r in checkpoints.records() for e in r.parts.values()}
     assert {name.removeprefix("data/") for name in data_files(checkpoints)} == named
 
@@ -184,7 +184,7 @@ def test_a_failed_save_is_noticed_and_ends_the_writer(checkpoints: Checkpoints) 
 
 
 def test_an_attempt_that_wakes_up_late_deletes_nothing_of_its_successor(checkpoints: Checkpoints) -> None:
-    """Its cleanup and retention may run after the successor has written data but before it commits them."""
+    """A late cleanup and retention may run after the successor has written data but before it commits them."""
     commit(checkpoints, 1, 2)
     late = checkpoints.claim({})
     late.save(3, parts(3), {}, 9, None)

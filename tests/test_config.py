@@ -1,4 +1,4 @@
-"""The command line: precedence, refusals that say what to do, and records that carry no secret."""
+"""The command line: precedence, errors that say what to do, and records without secrets."""
 
 import subprocess
 import sys

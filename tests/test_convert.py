@@ -1,4 +1,4 @@
-"""Published weights become a run that is sampled and evaluated."""
+"""Published weights become a run that can be sampled and evaluated."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from pipeline.world import World
 
 
 def published(digits: str, folder: Path) -> tuple[str, UNet]:
-    """A file as published, of the tiny run's model."""
+    """Write a file as published, with the tiny run's model."""
     config = tiny(digits, folder)
     model = UNet(config.model, 2)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_converted_weights_are_sampled_and_evaluated(digits: str, tmp_path: Path
     main(SampleConfig(config.out, str(tmp_path / "grid.png"), count=4), World())
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.size == (134, 134)
-    with pytest.raises(ValueError, match="has a checkpoint; give another"):
+    with pytest.raises(ValueError, match="already has a checkpoint; give another"):
         convert(path, config)
     with pytest.raises(ValueError, match="holds converted weights"):
         train(config, World())
@@ -64,7 +64,7 @@ def test_another_models_weights_are_refused_and_leave_nothing(digits: str, tmp_p
     ],
 )
 def test_the_presets_are_the_published_models(preset: str, file: str, tmp_path: Path) -> None:
-    """By every name and shape, in a file of views of one number, which is small."""
+    """Every name and shape matches; the file is small because its tensors are views of one number."""
     shapes = released()[file]["state_dict"]
     torch.save({name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}, tmp_path / "x.pt")
     assert load_published(tmp_path / "x.pt", PRESETS[preset].model, 6).keys() == shapes.keys()
@@ -76,7 +76,7 @@ def test_the_command_line(digits: str, tmp_path: Path) -> None:
     flags = ["--model.num-res-blocks", "1", "--model.channel-mult", "1", "1", "--diffusion.timesteps", "20"]
     flags += ["--sample-steps", "4", "--data.url", digits, "--out", str(tmp_path / "run")]
     said = run_module("pipeline.convert", "openai", path, "--preset", "digits", *flags).stdout
-    assert "now the checkpoint of" in said
+    assert "written as a checkpoint of" in said
     said = run_module(
         "pipeline.evaluate", str(tmp_path / "run"), "--images", "4", "--draws", "2", "--tracking.uri", "none"
     ).stdout
@@ -84,7 +84,7 @@ def test_the_command_line(digits: str, tmp_path: Path) -> None:
     refused = run_module("pipeline.convert", "openai", path, "--preset", "digits", check=False)
     assert (refused.returncode, "--out: expected" in refused.stderr) == (2, True)
     dry = run_module("pipeline.convert", "openai", path, *flags, "--dry-run", check=False)
-    assert (dry.returncode, "--dry-run: got it" in dry.stderr) == (2, True)
+    assert (dry.returncode, "--dry-run: not supported" in dry.stderr) == (2, True)
     wrong = run_module(
         "pipeline.convert", "openai", path, "--preset", "cifar10", "--out", str(tmp_path / "b"), check=False
     )

@@ -1,4 +1,4 @@
-"""The stream: the same samples in the same order whatever happens, and every damage noticed."""
+"""The stream: the same samples in the same order whatever happens, and all damage is detected."""
 
 import errno
 import itertools
@@ -69,13 +69,13 @@ def local(tmp_path):
 
 @pytest.fixture
 def remote(request):
-    """A store that is not a directory, so that shards go through the cache."""
+    """Yield a store that is not a directory, so that shards go through the cache."""
     store = Store(f"memory://{request.node.name}")
     return store, write_dataset(store)
 
 
 def take(store, index, batches, position=0, batch_size=11, **options):
-    """The first batches of a stream, checked against the images they should hold."""
+    """Return a stream's first batches, after checking their images."""
     images, labels = images_of(index.shape)
     iterator = stream(store, index, seed=3, position=position, batch_size=batch_size, window=2, **options)
     taken = list(itertools.islice(iterator, batches))
@@ -91,7 +91,7 @@ def ids_of(batches):
 
 
 def joined(ranks):
-    """The global batches of the slices that each rank saw."""
+    """Merge the slices that each rank saw into global batches."""
     return [list(itertools.chain(*slices)) for slices in zip(*ranks, strict=True)]
 
 
@@ -124,7 +124,7 @@ def test_order_is_a_shuffle_of_its_own(local):
     for order in orders:
         assert sorted(order) == list(range(TOTAL))
     assert len({tuple(order) for order in orders}) == 4
-    # Fixed for ever: a change of these numbers would break the resuming of every run.
+    # Never change these numbers: no run could resume correctly.
     assert orders[0][:6].tolist() == PINNED
     shards = index.shard_of(sample_order(index, 0, 0, 1))
     assert len(list(itertools.groupby(shards))) == len(COUNTS)  # window 1: shard after shard
@@ -157,7 +157,7 @@ def test_any_world_sees_the_same(local, world, position):
 
 
 def test_ranks_begin_with_different_shards(local):
-    """Of each window, so that those that share a cache do not wait for the same download."""
+    """Ranks start with different shards of a window, so that ranks sharing a cache do not wait for one download."""
     _, index = local
     order = data._Order(index, seed=0, window=3)
     plans = [order.shards_from(0, turn=rank / 3) for rank in range(3)]
@@ -312,14 +312,14 @@ def test_flipped_byte(tmp_path, encoding, where):
         take(store, index, 8)
     assert "train-00003.tar is damaged" in str(caught.value)
     assert "pipeline.prepare" in str(caught.value)
-    assert ("sample 20 (number 2 of 13 in it)" in str(caught.value)) == (where == "image")
+    assert ("sample 20 (number 2 of 13 in the shard)" in str(caught.value)) == (where == "image")
 
 
 def test_truncated_shard(local):
     store, index = local
     path = store.local / "train-00003.tar"
     os.truncate(path, int(index.offset[25]) + 10)
-    with pytest.raises(StorageError, match=r"train-00003.tar is damaged: sample 25 .* is cut off, the file has"):
+    with pytest.raises(StorageError, match=r"train-00003.tar is damaged: sample 25 .* is truncated; the file has"):
         take(store, index, 8)
     path.unlink()
     with pytest.raises(StorageError, match=r"train-00003\.tar is missing"):
@@ -389,7 +389,7 @@ def test_cache_evicts_the_least_recently_used(remote, tmp_path):
 
 
 class Slow:
-    """A store whose downloads take a while and are counted."""
+    """Make a store whose downloads are slow and counted."""
 
     def __init__(self, store, counter=None):
         self.store, self.local, self.counter = store, None, counter
@@ -442,7 +442,7 @@ def test_cache_after_kill(local, tmp_path):
         time.sleep(delay)
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-    assert list(directory.glob("*.tmp"))  # the last one was killed at work
+    assert list(directory.glob("*.tmp"))  # the last one was killed while working
     take(Slow(store), index, 6, cache=Cache(directory, 1 << 20))
     assert not list(directory.glob("*.tmp"))
 
@@ -455,7 +455,7 @@ def test_cache_that_cannot_be_written_is_bypassed(remote, tmp_path, monkeypatch,
     def touch(self, **_):
         raise OSError(code, os.strerror(code))
 
-    def slow(*said, warning=data.log.warning):  # long enough for every thread to come upon it
+    def slow(*said, warning=data.log.warning):  # long enough for every thread to encounter it
         time.sleep(0.1)
         warning(*said)
 
@@ -473,7 +473,7 @@ def test_cache_on_a_full_disk(remote, tmp_path, caplog):
     assert caplog.text.count("the disk is full") == 1
 
 
-# --- for others ---
+# --- compatibility ---
 
 
 @pytest.mark.parametrize("encoding", ["raw", "png"])

@@ -1,4 +1,4 @@
-"""The commands in the documents: every program exists and knows every flag, every linked file is there."""
+"""The commands in the documents: every program exists and knows every flag, and every linked file exists."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ SUBCOMMANDS = {"pipeline.prepare", "pipeline.convert", "jobs.study"}
 
 
 def commands(document: Path) -> list[list[str]]:
-    """The words from `-m MODULE` on, of each of our programs in the document's shell blocks."""
+    """Yield the words from `-m MODULE` on, for each of our programs in the document's shell blocks."""
     found = []
     for block in re.findall(r"```sh\n(.*?)```", document.read_text(), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
@@ -34,7 +34,7 @@ def test_commands_are_real(document: Path) -> None:
     for module, *words in commands(document):
         subcommand = next((w for w in words if w.isalnum()), "") if module in SUBCOMMANDS else ""
         flags = {word.split("=")[0] for word in words if word.startswith("--")}
-        flags -= {"--preset", "--dry-run", "--config", "--verify", "--help"}  # taken before the parser
+        flags -= {"--preset", "--dry-run", "--config", "--verify", "--help"}  # handled before the parser
         missing = {flag for flag in flags if flag.replace("--no-", "--") not in known(module, subcommand)}
         assert not missing, f"{module} {subcommand} knows no {missing}"
 

@@ -1,4 +1,4 @@
-"""The command: what it prints, and what reaches the run's history."""
+"""The command: what it prints and what it adds to the run's history."""
 
 import json
 import re
@@ -57,8 +57,8 @@ def test_values_go_to_the_terminal_and_the_journal(small_run: str, capsys: pytes
         "eval/train_flops",
     }
     assert last["passports"]["eval/fd_digits"] | {"n": 40, "seed": 0, "eta": 0.0} == last["passports"]["eval/fd_digits"]
-    assert read_journal(Path(small_run))[-1]["status"] == "FINISHED"  # as it was
-    main(config, World())  # the same values are not told twice
+    assert read_journal(Path(small_run))[-1]["status"] == "FINISHED"  # unchanged
+    main(config, World())  # the same values are not recorded twice
     assert len(evaluations(small_run)) == before + 1
 
 
@@ -100,15 +100,15 @@ def test_exact_writes_its_terms(small_run: str, tmp_path: Path, capsys: pytest.C
     printed = re.search(r"nll_best5 +([\d.]+)", said)
     assert printed
     assert float(printed[1]) == pytest.approx(total, abs=1e-3)
-    with pytest.raises(ValueError, match="which only --exact and --chain know"):
+    with pytest.raises(ValueError, match="--out: needs --exact or --chain"):
         EvaluateConfig(small_run, out=out)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"metrics": "nll,bpd"}, "expected some of nll, fid"),
-        ({"metrics": ""}, "expected some of nll, fid"),
+        ({"metrics": "nll,bpd"}, "expected a comma-separated list of nll, fid"),
+        ({"metrics": ""}, "expected a comma-separated list of nll, fid"),
         ({"images": 0}, "--images: got 0"),
         ({"metrics": "fid", "steps": 21, "features": "trained"}, "expected 1 to the run's T = 20"),
         ({"metrics": "fid", "features": "nonsense"}, "expected one of inception, trained"),
@@ -161,11 +161,11 @@ def test_what_real_images_get(small_run: str, digits: str, tmp_path: Path) -> No
     held_out = {value.name: value for value in real_floor(config, run, World())}
     assert held_out.keys() == {"fd_digits", "kd_digits", "recall_digits"}
     assert held_out["fd_digits"].passport["real"] == "val"
-    # Training images are a part of the reference: nearer, and no use where metrics compare with these very images.
+    # Training images are part of the reference: too close, and useless for metrics that compare with them directly.
     (part,) = real_floor(replace(config, data=str(tmp_path / "train-only")), run, World())
     assert (part.name, part.passport["real"], part.passport["n"]) == ("fd_digits", "train", 300)
     assert 0 < part.value < held_out["fd_digits"].value
-    with pytest.raises(ValueError, match="has fewer than 5000 images besides"):
+    with pytest.raises(ValueError, match="expected more than --samples = 5000 images"):
         real_floor(replace(config, samples=5000), run, World())
 
 
@@ -179,7 +179,7 @@ def images_config(run: str, **options: Any) -> EvaluateConfig:
 
 
 def killed_evaluation(run: str, after: int) -> None:
-    """Left behind by an evaluation that is killed while it draws its next block, with each block kept at once."""
+    """Kill an evaluation, which stores each block at once, while it draws its next block."""
     drawn = []
 
     def dying(*arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
@@ -216,7 +216,7 @@ def test_a_killed_evaluation_of_images_goes_on_where_it_was(
     assert drawn == [range(24, 32), range(32, 36)]
     assert capsys.readouterr().out == whole
     assert evaluations(tmp_path / "killed")[-1]["metrics"] == evaluations(tmp_path / "whole")[-1]["metrics"]
-    assert not list((tmp_path / "killed" / "evaluation").glob("images-*"))  # nothing large is left
+    assert not list((tmp_path / "killed" / "evaluation").glob("images-*"))  # no large files remain
 
 
 def test_images_of_another_measurement_are_not_mixed_in(small_run: str, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_run_that_is_still_training_keeps_its_status(digits: str, tmp_path: Pa
     train(tiny(digits, tmp_path, "--horizon", "4steps", "--sample-every", "0"), World())
     journal = tmp_path / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
-    journal.write_text("".join(line for line in lines if '"status"' not in line))  # as another process leaves it
+    journal.write_text("".join(line for line in lines if '"status"' not in line))  # as left by another process
     main(EvaluateConfig(str(tmp_path), images=4, draws=2, **NO_TRACKING), World())
     assert [r["kind"] for r in read_journal(tmp_path)][-1] == "evaluation"
 
@@ -278,13 +278,13 @@ def test_a_run_that_is_still_training_keeps_its_status(digits: str, tmp_path: Pa
 def test_evaluating_a_remote_run_while_it_trains_loses_nothing(
     digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training copies its journal over the one at the run's URL: the line of an evaluation elsewhere is kept apart."""
+    """Training overwrites the journal at the run's URL, so the line of an evaluation elsewhere is stored separately."""
     monkeypatch.chdir(tmp_path)  # where training has its journal
     monkeypatch.setattr(evaluate, "journal_dir", lambda _: tmp_path / "elsewhere")
     run = "memory://evaluated/run"
 
     def evaluate_now(step: int, _: dict[str, float]) -> None:
-        if step == 12:  # when the checkpoint of step 4 is committed for certain, and before the last copy
+        if step == 12:  # after the checkpoint of step 4 is certainly committed, and before the last copy
             for _ in range(2):
                 main(EvaluateConfig(run, step=4, images=4, draws=2, **NO_TRACKING), World())
 

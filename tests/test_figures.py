@@ -1,4 +1,4 @@
-"""The figures: those without runs from the tables, and every other from a tiny run."""
+"""The figures: those of schedules without runs, and all others from a tiny run."""
 
 import csv
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_the_tables_are_what_is_drawn() -> None:
 
 
 def test_the_gradient_noise_scale_is_found_with_its_error() -> None:
-    """tr(covariance) / |mean|^2 of vectors whose mean and covariance are known, from few of them."""
+    """The estimate of tr(covariance) / |mean|^2 from a few vectors with known mean and covariance."""
     generator, true, inside = torch.Generator().manual_seed(0), 200 * 4.0 / 9.0, []
     mean = torch.zeros(200, dtype=torch.float64)
     mean[0] = 3.0
@@ -70,5 +70,5 @@ def test_every_figure_has_a_picture_and_its_data(digits: str, tmp_path: Path) ->
 
 
 def test_a_class_conditional_run_is_refused(small_run: str, digits: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is class-conditional"):
+    with pytest.raises(ValueError, match="got a class-conditional model"):
         main(FiguresConfig(str(tmp_path), digits, hybrid=small_run))

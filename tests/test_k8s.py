@@ -1,4 +1,4 @@
-"""k8s/: the overlays render and fit the schemas, and every command, name and number in them is what it says."""
+"""k8s/: the overlays render and match the schemas, and every command, name and number in them is correct."""
 
 import copy
 import importlib.metadata
@@ -36,7 +36,7 @@ CONTAINERFILE = ROOT / "k8s" / "Containerfile"
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Doc]]:
-    """Each overlay as `kubectl apply -k` would send it, with the example's secrets."""
+    """Render each overlay as `kubectl apply -k` would send it, with the example's secrets."""
     version = subprocess.run(["kubectl", "version", "--client"], capture_output=True, text=True) if KUBECTL else None
     if version is None or not re.search(r"Kustomize Version: v[5-9]", version.stdout):
         pytest.skip("needs kubectl 1.27 or newer (kustomize 5): Debian 13's kubernetes-client, not Debian 12's")
@@ -59,13 +59,13 @@ def docs(request: pytest.FixtureRequest, rendered: dict[str, list[Doc]]) -> list
 
 
 def the(docs: list[Doc], kind: str, name: str | None = None) -> Doc:
-    """The one document of this kind, and name."""
+    """Return the only document of this kind (and name)."""
     (found,) = [doc for doc in docs if doc["kind"] == kind and name in (None, doc["metadata"]["name"])]
     return found
 
 
 def templates(node: Any, where: str = "") -> Iterator[tuple[str, Doc]]:
-    """Every pod template below a document, with its path."""
+    """Yield every pod template in a document, with its path."""
     if isinstance(node, dict):
         for key, value in node.items():
             if isinstance(value, dict) and "containers" in value.get("spec", {}):
@@ -99,7 +99,7 @@ VERSIONS = {"RayCluster": "ray.io/v1", "RayJob": "ray.io/v1", "MPIJob": "kubeflo
 
 
 def closed(schema: Any) -> Any:
-    """The schema as the API server should be: what it does not name is refused, as is what was cut out of it."""
+    """Make the schema strict: refuse fields that it does not name, including those that were cut from it."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):
@@ -109,13 +109,13 @@ def closed(schema: Any) -> Any:
     tight = {key: closed(value) for key, value in schema.items()}
     if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
         tight["additionalProperties"] = False
-        # The API server fills defaults in before it looks for what is missing.
+        # The API server fills in defaults before it checks for required fields.
         tight["required"] = [n for n in schema.get("required", []) if "default" not in schema["properties"][n]]
     return tight
 
 
 def problems(doc: Doc) -> list[str]:
-    """What is wrong with a document, a line each."""
+    """Return a line for each schema violation of a document."""
     kind = doc["kind"]
     try:
         if kind not in SCHEMAS:
@@ -135,7 +135,7 @@ def problems(doc: Doc) -> list[str]:
 
 
 def places(doc: Doc) -> Iterator[tuple[str, Any]]:
-    """Where a custom resource has pod templates, whatever is there."""
+    """Yield the contents of a custom resource's pod template fields."""
     spec = doc["spec"]
     cluster = spec.get("rayClusterSpec", spec) if doc["kind"].startswith("Ray") else {}
     groups = {"head": cluster.get("headGroupSpec")} | {
@@ -150,7 +150,7 @@ def places(doc: Doc) -> Iterator[tuple[str, Any]]:
 
 
 def traps(doc: Doc) -> list[str]:
-    """What the operators refuse, or do otherwise than one thinks, though their schemas allow it."""
+    """Return what the schemas allow in a document but the operators refuse or treat unexpectedly."""
     spec, found = doc["spec"], []
 
     def must(true: bool, message: str) -> None:
@@ -277,10 +277,10 @@ def test_every_command_is_one_that_its_program_takes(docs: list[Doc], monkeypatc
 
 
 def check_training(config: TrainConfig) -> None:
-    """A pod's disk goes with it: what a run needs and leaves is elsewhere."""
+    """A pod's disk is deleted with it, so a run's inputs and outputs must be elsewhere."""
     assert config.out.startswith("s3://")
     assert config.data.url.startswith("s3://")
-    assert config.tracking.uri is None  # that of the environment
+    assert config.tracking.uri is None  # the environment's
 
 
 def test_a_run_has_as_many_ranks_as_its_cluster_has_room_for(docs: list[Doc]) -> None:
@@ -302,7 +302,7 @@ def test_a_run_has_as_many_ranks_as_its_cluster_has_room_for(docs: list[Doc]) ->
 
 
 def test_only_the_overlays_device_is_trained_on(rendered: dict[str, list[Doc]]) -> None:
-    """With --device cuda a driver that is missing ends the run, instead of making it a slow one."""
+    """With --device cuda, a missing driver stops the run instead of slowing it down."""
     for name, device in (("demo", "auto"), ("gpu", "cuda")):
         args = the(rendered[name], "MPIJob")["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"][0]
         for flags in (args["args"][7:], shlex.split(the(rendered[name], "RayJob")["spec"]["entrypoint"])[3:]):
@@ -311,7 +311,7 @@ def test_only_the_overlays_device_is_trained_on(rendered: dict[str, list[Doc]]) 
 
 # ------------------------------------------------------------------------------------------ names
 
-# Read by programs that cannot be asked: OpenMP and NCCL, torch's gloo, the PostgreSQL image.
+# Read by programs that cannot be queried: OpenMP and NCCL, torch's gloo, the PostgreSQL image.
 DOCUMENTED = {"OMP_NUM_THREADS", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"}
 DOCUMENTED |= {"POSTGRES_USER", "POSTGRES_PASSWORD", "PGDATA"}
 
@@ -410,7 +410,7 @@ def test_pods_are_restricted_and_bounded(docs: list[Doc]) -> None:
 
 
 def size(text: str) -> int:
-    """Bytes of `512Mi`."""
+    """Convert `512Mi` to bytes."""
     number, unit = re.fullmatch(r"(\d+)([KMG])i", text).groups()  # type: ignore[union-attr]
     return int(number) << 10 * ("KMG".index(unit) + 1)
 
@@ -433,7 +433,7 @@ def test_no_secret_is_in_the_tree() -> None:
 
 
 def steps() -> list[tuple[str, str]]:
-    """The Containerfile's instructions, continued lines joined."""
+    """Yield the Containerfile's instructions, with continued lines joined."""
     text = re.sub(r"^#.*\n", "", CONTAINERFILE.read_text(), flags=re.M).replace("\\\n", " ")
     return [(line.split()[0], " ".join(line.split()[1:])) for line in text.splitlines() if line.strip()]
 
@@ -454,7 +454,7 @@ def test_the_image_is_built_from_what_is_here_as_make_builds_its_environment() -
         assert any(Path(source).is_relative_to(folder) for source in copied), f"{folder} is sent for nothing"
     packages = yaml.safe_load((ROOT / "pyproject.toml").read_text().split("\npackages = ")[1].splitlines()[0])
     assert set(packages) <= set(copied)
-    # Packages before sources, in a layer that a change of the sources leaves alone.
+    # Packages before sources, so that a change of the sources does not rebuild their layer.
     kinds = [text.split()[0] if kind == "COPY" else kind for kind, text in steps()]
     assert (
         kinds.index("requirements.lock") < kinds.index("RUN", kinds.index("requirements.lock")) < kinds.index("iddpm")
@@ -486,7 +486,7 @@ def test_the_image_has_the_programs_that_the_manifests_start(docs: list[Doc]) ->
 
 
 def pod() -> list[str]:
-    """A command that runs another as process 1, with its own view of processes and mounts."""
+    """Return a command that runs another as process 1, with its own view of processes and mounts."""
     unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     if os.geteuid() != 0 or subprocess.run([*unshare, "true"], capture_output=True).returncode != 0:
         pytest.skip("needs root with the right to make namespaces (unshare)")
@@ -514,7 +514,7 @@ exec setpriv --reuid 4711 --regid 4711 --clear-groups --no-new-privs --bounding-
 
 @pytest.mark.slow
 def test_a_worker_pods_sshd_lets_the_launcher_in_and_gives_it_the_pods_environment() -> None:
-    """As an ordinary user without any right, with the operator's keys: of another owner, and readable by all.
+    """Run as an ordinary user without privileges, with the operator's keys, owned by another user and world-readable.
 
     The shell that starts sshd is process 1 here, as tini is in the pod.
     """
@@ -527,7 +527,7 @@ def test_a_worker_pods_sshd_lets_the_launcher_in_and_gives_it_the_pods_environme
 
 @pytest.fixture
 def short_folder() -> Iterator[str]:
-    """A folder whose name leaves room for MPI's sockets in it."""
+    """A folder whose path is short enough for MPI's sockets in it."""
     with tempfile.TemporaryDirectory(prefix="mpi-", dir="/tmp") as folder:
         yield folder
 
@@ -537,7 +537,7 @@ def short_folder() -> Iterator[str]:
 def test_the_hooks_of_a_pod_that_stops_make_the_run_checkpoint(
     rendered: dict[str, list[Doc]], digits: str, tmp_path: Path, short_folder: str
 ) -> None:
-    """The launcher's command and both preStop hooks, in a process namespace of their own as in a pod."""
+    """The launcher's command and both preStop hooks, in a separate process namespace as in a pod."""
     unshare = pod()
     replicas = the(rendered["demo"], "MPIJob")["spec"]["mpiReplicaSpecs"]
     words = command(replicas["Launcher"]["template"]["spec"]["containers"][0])

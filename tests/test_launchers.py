@@ -1,4 +1,4 @@
-"""The same run under torchrun and mpirun, as a user starts them: equal, resumable, and ended by what should end it."""
+"""The same run under torchrun and mpirun, as a user starts them: equal, resumable, and stopped when it should be."""
 
 import functools
 import json
@@ -32,19 +32,19 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def reference(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The undisturbed run of one process."""
+    """Train the run undisturbed in one process."""
     out = tmp_path_factory.mktemp("reference")
     train(tiny(digits, out, *STRICT), World())
     return str(out)
 
 
 class Launched:
-    """A launcher's process, its ranks, and what they print."""
+    """A launcher's process, its ranks and their output."""
 
     def __init__(self, launcher: tuple[str, ...], digits: str, out: Path, *flags: str) -> None:
         self.log = out.with_suffix(".log")
         command = [*launcher, "-m", "pipeline.train", *TINY, *STRICT, "--data.url", digits, "--out", str(out), *flags]
-        # A launcher that is a test's child must not think that an outer one started it.
+        # A launcher started by a test must not detect an outer launcher.
         env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_", "PMI"))}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -52,7 +52,7 @@ class Launched:
             )
 
     def wait(self, timeout: float = 180) -> int:
-        """Its exit status. Kills what is left of it after the time-out, and fails."""
+        """Wait for the exit status; after the time-out, kill what is left and fail."""
         ranks = descendants(self.process.pid)
         try:
             return self.process.wait(timeout)
@@ -65,7 +65,7 @@ class Launched:
         return self.log.read_text()
 
     def rank(self, rank: int) -> int:
-        """The process id of a rank."""
+        """Return the process id of a rank."""
         for pid in descendants(self.process.pid):
             variables = read(f"/proc/{pid}/environ").split("\0")
             if f"RANK={rank}" in variables or f"OMPI_COMM_WORLD_RANK={rank}" in variables:
@@ -94,7 +94,7 @@ def test_two_workers_train_the_run_of_one(
 
 
 def runs(pid: int) -> bool:
-    """Whether the process is there, and not merely waits to be reaped."""
+    """Whether the process exists and is not a zombie."""
     return read(f"/proc/{pid}/stat").rpartition(")")[2].split()[:1] not in ([], ["Z"], ["X"])
 
 
@@ -112,7 +112,7 @@ def test_a_killed_worker_ends_all_and_the_same_command_resumes(
     while any(runs(pid) for pid in ranks):
         assert time.monotonic() < deadline, "a rank is left behind"
         time.sleep(0.1)
-    if launcher == TORCHRUN:  # which leaves the others 30 s; mpirun ends them itself
+    if launcher == TORCHRUN:  # torchrun gives the others 30 s; mpirun ends them itself
         assert "error: rank 1 died" in run.said()
     assert 10 <= newest_step(out) < 30
     again = Launched(launcher, digits, out)
@@ -126,7 +126,7 @@ def training(run: Launched, out: Path, step: int) -> bool:
 
 
 def test_torchrun_passes_its_signals_on(digits: str, tmp_path: Path) -> None:
-    """SIGTERM always; SIGUSR1 only with a flag of its own, else it ends torchrun and orphans the workers."""
+    """torchrun always forwards SIGTERM, but SIGUSR1 only with a flag; without it, SIGUSR1 orphans the workers."""
     out = tmp_path / "out"
     handled = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     for number, step in ((signal.SIGUSR1, 10), (signal.SIGTERM, 20)):
@@ -150,7 +150,7 @@ def test_mpirun_passes_usr1_on_and_returns_the_status(digits: str, tmp_path: Pat
 
 @pytest.mark.mpi
 def test_an_mpi_of_another_make_is_explained(digits: str, tmp_path: Path) -> None:
-    """mpirun of MPICH with the Open MPI that the wheel brings: each process is alone, and must not train alone."""
+    """MPICH's mpirun with the wheel's Open MPI: each process sees only itself, and must refuse to train alone."""
     mpirun = shutil.which("mpirun.mpich")
     if not mpirun:
         pytest.skip("needs MPICH's mpirun beside Open MPI's: apt-get install mpich")

@@ -154,7 +154,7 @@ def test_systematic_timesteps_have_their_probabilities(draws):
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
 def test_the_sampled_bound_is_unbiased_for_any_distribution(power):
-    """Averaged over a grid of u, the estimate equals the exact bound for the same noise, whatever the probabilities."""
+    """Averaged over a grid of u, the estimate equals the exact bound for the same noise, for any probabilities."""
     exact = exact_bpd(FULL, denoiser(True), images(), lambda t: EPS[t])
     n = 4000
     u = (torch.arange(n).double() + 0.5) / n
@@ -209,7 +209,7 @@ def test_labels_follow_their_images():
 
 @pytest.fixture(scope="module", params=["learned_range", "fixed_large", "fixed_small"])
 def small(request):
-    """The costs of a chain of 8 timesteps, and a function for the images' bound along any path through it."""
+    """Return the costs of a chain of 8 timesteps, and a function for the images' bound along any path through it."""
     config = DiffusionConfig(timesteps=50, variance=request.param)
     grid = [0, 2, 5, 11, 20, 30, 40, 49]
     model = denoiser(config.learns_variance)

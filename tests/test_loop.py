@@ -1,4 +1,4 @@
-"""The training loop: a run interrupted at any moment ends as one that was not, bit for bit."""
+"""The training loop: a run interrupted at any moment ends bit-identical to an uninterrupted one."""
 
 import json
 import os
@@ -30,7 +30,7 @@ IMPORTANCE = ("--diffusion.loss", "rescaled_kl", "--timestep-sampler", "loss-sec
 
 
 def newest(out: object) -> dict:
-    """All tensors of the newest checkpoint, by part and name."""
+    """Return all tensors of the newest checkpoint, by part and name."""
     _, parts = Checkpoints(Store(str(out))).newest()
     return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
@@ -42,8 +42,10 @@ def assert_same(a: dict, b: dict) -> None:
 
 
 def assert_close(a: dict, b: dict, relative: float) -> None:
-    """max |a - b| / max |b| over each part. (Not each tensor: a bias before a GroupNorm of one channel a group has no
-    gradient but rounding's.)"""
+    """Return max |a - b| / max |b| over each part.
+
+    Not over each tensor: the gradient of a bias before a GroupNorm with one channel per group is pure rounding error.
+    """
     assert a.keys() == b.keys()
     for part in {name.split("/")[0] for name in a}:
         names = [name for name in a if name.startswith(part + "/")]
@@ -88,7 +90,7 @@ def test_the_same_command_trains_the_same_run(digits: str, tmp_path: Path, flags
 
 def test_interrupted_and_resumed_is_the_same_run(digits: str, tmp_path: Path) -> None:
     class Interrupting(World):
-        """Asks to stop before one step."""
+        """Requests a stop before one step."""
 
         stop_at = now = -1
 
@@ -122,7 +124,7 @@ def test_microbatches_train_the_same_run(digits: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", ["rescaled_mse", "rescaled_kl"])
 def test_a_step_never_waits_for_the_device(digits: str, tmp_path: Path, loss: str) -> None:
-    """A host read of a device tensor would stall a GPU: counted as the operations that make one."""
+    """Reading a device tensor on the host would stall a GPU: count the operations that do so."""
     config = tiny(digits, tmp_path, *IMPORTANCE, "--diffusion.loss", loss)
     world = World()
     state = TrainState(config, world)
@@ -141,7 +143,7 @@ def test_a_step_never_waits_for_the_device(digits: str, tmp_path: Path, loss: st
     with Count() as count:
         train_step(state, next(batches), world)
         state.ema.update(state.params)
-    # The one that is left is AdamW's on the CPU, whose step counter lives on the host there.
+    # The remaining one is AdamW's on the CPU, whose step counter is on the host there.
     assert len(count.syncs) == 0, count.syncs
 
 
@@ -285,7 +287,7 @@ def test_a_disk_that_cannot_be_written_is_one_clear_error(
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(digits: str, tmp_path: Path) -> None:
-    """SIGKILL, five times, wherever it strikes: weights, EMA, optimizer and sampler end bit-identical."""
+    """After five SIGKILLs at arbitrary moments, weights, EMA, optimizer and sampler end bit-identical."""
     flags = [*TINY, "--data.url", digits, "--horizon", "400steps", *IMPORTANCE, "--sample-every", "0"]
     flags += ["--log-every", "7", "--checkpoint-every", "5"]
     run_train(*flags, "--out", str(tmp_path / "whole"))
@@ -358,7 +360,7 @@ def test_sample_and_evaluate_a_run(digits: str, tmp_path: Path) -> None:
     assert "bits/dim" in said
     assert len((tmp_path / "terms.csv").read_text().splitlines()) == 1 + 20
     for flags, says in (
-        (("--ema-rate", "0.7"), "the run has 0.9, 0.5"),
+        (("--ema-rate", "0.7"), "expected 0.9, 0.5"),
         (("--step", "5"), "no checkpoint of step 5"),
     ):
         result = run_module("pipeline.sample", str(out), *flags, check=False)
@@ -366,4 +368,4 @@ def test_sample_and_evaluate_a_run(digits: str, tmp_path: Path) -> None:
         assert says in result.stderr
         assert "Traceback" not in result.stderr
     result = run_module("pipeline.evaluate", str(tmp_path / "nothing"), check=False)
-    assert (result.returncode, "no checkpoint there" in result.stderr) == (1, True)
+    assert (result.returncode, "got no checkpoint" in result.stderr) == (1, True)

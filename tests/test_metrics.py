@@ -111,7 +111,7 @@ def test_the_others_equal_torch_fidelitys_on_given_features(monkeypatch: pytest.
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with the published names and shapes and random weights."""
+    """Write a file with the published names and shapes, and random weights."""
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
@@ -212,7 +212,7 @@ def test_a_network_of_no_such_name_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory, digits: str) -> tuple[Store, Features]:
-    """A copy of the digits and features trained on it."""
+    """Return a copy of the digits, and features trained on it."""
     folder = tmp_path_factory.mktemp("own") / "data"
     shutil.copytree(digits, folder, ignore=shutil.ignore_patterns("evaluation"))
     store = Store(str(folder))
@@ -240,7 +240,7 @@ def test_it_knows_the_digits_and_is_learnt_once(own: tuple[Store, Features]) -> 
     # Other layers give another digest, even with the same weights.
     changed = nn.Sequential(*Classifier(1, 10).hidden[:-1])
     assert metrics._digest(changed) != metrics._digest(nn.Sequential(*changed, nn.ReLU()))
-    # Training it again gives the same bits.
+    # Training again gives identical bits.
     store.delete(name)
     assert trained_features(store, index, World()).digest == network.digest
     assert store.read(name) == kept
@@ -286,7 +286,7 @@ def test_reference_batches_of_the_guided_diffusion_evaluator(own: tuple[Store, F
         batches = list(npz_images(file, 16))
         assert [len(batch) for batch in batches] == [16, 16, 16, 2]
         assert torch.equal(torch.cat(batches), images)
-        every_third = list(npz_images(file, 16, 1, 3))  # what rank 1 of 3 takes
+        every_third = list(npz_images(file, 16, 1, 3))  # rank 1's share of 3 ranks
         assert len(every_third) == 1
         assert torch.equal(every_third[0], images[16:32])
     reference = npz_reference(str(path), StorageConfig(), network, World())
@@ -326,7 +326,7 @@ def test_a_reference_batch_may_be_anywhere(own: tuple[Store, Features], tmp_path
 
 @contextmanager
 def _served(folder: Path) -> Iterator[str]:
-    """The URL of a web server that serves the folder."""
+    """Yield the URL of a web server that serves the folder."""
     handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()

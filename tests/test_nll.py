@@ -115,12 +115,12 @@ def test_a_killed_evaluation_goes_on_where_it_was(
         with pytest.raises(KeyboardInterrupt):
             measured(val, trained, store=store, **plan)
     resumed = measured(val, trained, store=store, **plan)
-    assert calls == [8, 8, 8, 8, 8, 8, 8, 8, 2]  # three, two and two blocks, of which two were lost
+    assert calls == [8, 8, 8, 8, 8, 8, 8, 8, 2]  # three, two and two blocks, two of which were lost
     assert torch.equal(resumed.total, whole.total)
     assert torch.equal(resumed.prior, whole.prior)
     assert resumed.evaluations == whole.evaluations
     calls.clear()
-    assert torch.equal(measured(val, trained, store=store, **plan).total, whole.total)  # it is known already
+    assert torch.equal(measured(val, trained, store=store, **plan).total, whole.total)  # already known
     assert calls == []
     measured(val, trained, store=store, **{**plan, "seed": 1, "images": 8})  # another measurement
     assert calls == [8]
@@ -172,8 +172,8 @@ def test_shorter_chains_have_bounds_of_their_own(val: Reader, trained: Trained) 
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
-        ({"chain": "x"}, "as in 25, or best25"),
-        ({"chain": "21"}, "the run has 20 timesteps"),
+        ({"chain": "x"}, "such as 25 or best25"),
+        ({"chain": "21"}, "expected at most the run's 20 timesteps"),
         ({"target_se": 0.0}, "bits/dim above 0"),
         ({"draws": 0}, "1 or more"),
     ],

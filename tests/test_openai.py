@@ -63,7 +63,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
     with pytest.raises(ValueError, match="not a checkpoint of tensors only"):
         load_published(tmp_path / "code.pt", SMALL, 6)
     assert not (tmp_path / "ran").exists()
-    # It is a file that would do harm elsewhere:
+    # The file would do harm if loaded elsewhere:
     torch.load(tmp_path / "code.pt", weights_only=False)
     assert (tmp_path / "ran").exists()
 

@@ -1,4 +1,4 @@
-"""Preparing datasets: right pixels, the same bytes every time, resumable, clear about what is wrong."""
+"""Preparing datasets: correct pixels, the same bytes every time, resumable, with clear errors."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def test_digits(tmp_path, capsys):
         zip(map(bytes, expected), source.target, strict=True)
     )
     assert "1,438 images" in capsys.readouterr().out
-    # The same bytes again, with another number of threads; another seed writes another order.
+    # Another number of threads gives the same bytes; another seed, another order.
     assert run("digits", "--out", tmp_path / "b", "--workers", 1) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert run("digits", "--out", tmp_path / "c", "--seed", 1) == 0
@@ -79,7 +79,7 @@ def test_second_run_repairs_and_other_options_are_refused(tmp_path, capsys):
 
 
 def test_resume_after_kill(tmp_path):
-    """A run killed at work is continued: finished shards are not written again, the result is the same."""
+    """A killed run is continued: finished shards are not rewritten, and the result is the same."""
     out = tmp_path / "killed"
     code = (
         "import sys, time, pipeline.prepare as p; load = p._load\n"
@@ -123,7 +123,7 @@ def test_verify(tmp_path, capsys, form):
         "10 (0, 1",
         index.digest,
         index.source,
-        "every hash is right",
+        "all hashes match",
     ):
         assert text in out
     path = tmp_path / "train-00001.tar"
@@ -134,11 +134,11 @@ def test_verify(tmp_path, capsys, form):
     assert run(form, tmp_path) == 1
     err = capsys.readouterr().err
     assert "error: train-00001.tar is damaged" in err
-    assert "sample 260 (number 4 of 256 in it)" in err
+    assert "sample 260 (number 4 of 256 in the shard)" in err
     assert "error: val-00000.tar is missing" in err
     (tmp_path / "empty").mkdir()
     assert run(form, tmp_path / "empty") == 1
-    assert "holds no dataset" in capsys.readouterr().err
+    assert "contains no dataset" in capsys.readouterr().err
 
 
 # --- folder ---
@@ -163,7 +163,7 @@ def test_folder(tmp_path, capsys):
     (source / "dog" / "._hidden.png").write_bytes(b"")
     assert run("folder", "--source", source, "--size", 8, "--out", out, "--val-fraction", 0) == 0
     report = capsys.readouterr().out
-    assert "2 files could not be read" in report
+    assert "skipped 2 unreadable files" in report
     assert "broken.jpg" in report
     assert "cut.png" in report
     store = Store(out)
@@ -196,7 +196,7 @@ def test_image_is_turned_reduced_and_cropped(tmp_path):
     assert image.shape == (3, 10, 10)
     assert (image[:, 5, 1].tolist(), image[:, 5, 8].tolist()) == ([255, 0, 0], [0, 0, 255])
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # to be rotated by 90 degrees
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     image = load_image(tmp_path / "turned.png", 10)
     assert (image[:, 1, 5].tolist(), image[:, 8, 5].tolist()) == ([255, 0, 0], [0, 0, 255])
@@ -207,7 +207,7 @@ def test_image_is_turned_reduced_and_cropped(tmp_path):
     mean = noise.reshape(8, 4, 8, 4).mean((1, 3))
     assert np.abs(load_image(tmp_path / "noise.png", 8, grey=True)[0] - mean).max() <= 2
     wide = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
-    Image.fromarray(wide).save(tmp_path / "deep.png")  # 16 bits a pixel
+    Image.fromarray(wide).save(tmp_path / "deep.png")  # 16 bits per pixel
     assert load_image(tmp_path / "deep.png", 16, grey=True)[0].ravel().tolist() == list(range(256))
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([7, 8, 9] + [0] * 765)
@@ -224,7 +224,7 @@ def test_folder_mistakes(tmp_path, capsys):
 
     assert "is not a directory" in error("--source", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "holds no .png" in error("--source", tmp_path / "empty")
+    assert "contains no .png" in error("--source", tmp_path / "empty")
     picture(tmp_path / "mixed" / "a" / "x.png")
     picture(tmp_path / "mixed" / "y.png")
     assert "images of no class" in error("--source", tmp_path / "mixed")
@@ -250,7 +250,7 @@ def test_linked_folders_are_followed_once(tmp_path):
 
 
 def batches(directory, compressed=False, per_file=7):
-    """Files as the official ones, but short; returns the images [N, 3, 64, 64] and classes by split."""
+    """Write short files in the official format; return the images [N, 3, 64, 64] and classes by split."""
     directory.mkdir()
     rng, save = np.random.default_rng(0), np.savez_compressed if compressed else np.savez
     made = {"train": ([], []), "val": ([], [])}

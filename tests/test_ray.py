@@ -1,4 +1,4 @@
-"""Programs as Ray jobs, on a cluster of two nodes: `ray start` twice, then `ray job submit`."""
+"""Programs as Ray jobs on a cluster of two nodes: `ray start` twice, then `ray job submit`."""
 
 import json
 import os
@@ -35,14 +35,14 @@ ENV["PATH"] = f"{Path(sys.executable).parent}:{ENV['PATH']}"  # jobs say `python
 
 
 class Cluster:
-    """Two nodes of one CPU each, with nothing in common but this machine."""
+    """Start two nodes of one CPU each, which share nothing but this machine."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         names = ("port", "dashboard-port", "ray-client-server-port")
         ports = dict(zip(names, free_ports(3), strict=True))
         self.address = f"http://127.0.0.1:{ports['dashboard-port']}"
-        # 127.0.0.1 itself Ray replaces by the machine's address on the network.
+        # Ray would replace 127.0.0.1 itself by the machine's network address.
         self.head = self._node("head", "127.0.0.2", "--head", "--dashboard-host=127.0.0.1", *flags(ports))
         self._wait(1)
         self.worker = self._node("worker", "127.0.0.3", f"--address=127.0.0.2:{ports['port']}")
@@ -73,12 +73,12 @@ class Cluster:
             return json.load(reply)
 
     def training(self) -> list[int]:
-        """The process ids of the training workers."""
+        """Return the process ids of the training workers."""
         both = descendants(self.head.pid) + descendants(self.worker.pid)
         return [pid for pid in both if "RayTrainWorker" in read(f"/proc/{pid}/cmdline")]
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
-        """As a machine that loses its power. (On SIGTERM a node waits 30 s for its work to end.)"""
+        """Simulate a power failure. (On SIGTERM, a node waits 30 s for its work to end.)"""
         for pid in [node.pid, *descendants(node.pid)]:
             if Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
@@ -98,7 +98,7 @@ def until(happened: Callable[[], bool], said: Callable[[], str]) -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    # Ray puts sockets there, whose paths must be short.
+    # Ray puts sockets there, and their paths must be short.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     made = object.__new__(Cluster)
     try:
@@ -113,7 +113,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone that has been worked in."""
+    """Make a clone with files of work in progress."""
     folder = tmp_path_factory.mktemp("code")
     for package in ("iddpm", "pipeline", "jobs"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -125,7 +125,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Job:
-    """`ray job submit`, as somebody at another machine types it in the clone's root."""
+    """Run `ray job submit` as a user on another machine would, in the clone's root."""
 
     def __init__(self, cluster: Cluster, code: Path, log: Path, *command: str) -> None:
         self.log, self.address = log, cluster.address
@@ -183,7 +183,7 @@ def test_a_study_is_submitted_run_by_run(cluster: Cluster, code: Path, digits: s
     assert [len(points) for points in load_points(load_study(path)).values()] == [2, 2]
     assert "launcher local, 1 x CPU" in logs
     assert "2 of 2 runs are done" in submit()
-    # What a job brings along.
+    # What a job uploads.
     (shipped,) = cluster.folder.glob("head/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
     assert {p.name for p in shipped.iterdir()} == {"iddpm", "pipeline", "jobs", ".gitignore", "study.yaml"}
 
@@ -193,7 +193,7 @@ def test_a_study_is_submitted_run_by_run(cluster: Cluster, code: Path, digits: s
 def test_an_evaluation_on_two_nodes_is_that_of_one_process(
     cluster: Cluster, code: Path, small_run: str, tmp_path: Path
 ) -> None:
-    def command(out: str) -> list[str]:  # copies, since a run keeps what has been measured of it
+    def command(out: str) -> list[str]:  # copies, since a run stores its measurements
         shutil.copytree(small_run, tmp_path / out)
         return ["pipeline.evaluate", str(tmp_path / out), "--images", "32", "--tracking.uri", "none"]
 
@@ -208,7 +208,7 @@ def test_an_evaluation_on_two_nodes_is_that_of_one_process(
 @pytest.mark.slow
 @pytest.mark.ray
 def test_what_cannot_go_right_is_not_tried_again(cluster: Cluster, code: Path, digits: str, tmp_path: Path) -> None:
-    """Though only rank 0 finds it, and Ray sees the other die of it."""
+    """A user error is not retried, although only rank 0 detects it and Ray sees the other rank die."""
     out = tmp_path / "out"
     train(tiny(digits, out, *STRICT), World())
     wrong = ("--lr", "0.5", "--horizon", "60steps", "--workers", "2", "--data.url", digits, "--out", str(out))
@@ -217,7 +217,7 @@ def test_what_cannot_go_right_is_not_tried_again(cluster: Cluster, code: Path, d
     assert f"error: --out {out} holds a run with another configuration" in job.said()
     assert "after 3 retries" not in job.said()
     assert newest_step(out) == 30
-    # But what another machine may not lack is: here no more, after no retries.
+    # But an error that another machine might not have is retried; here not, since --retries is 0.
     absent = ("--retries", "0", "--workers", "1", "--data.url", str(tmp_path / "absent"), "--out", str(tmp_path / "b"))
     job = Job(cluster, code, tmp_path / "absent.log", "pipeline.train", *TINY, *absent)
     assert job.wait() != 0
@@ -229,7 +229,7 @@ def test_what_cannot_go_right_is_not_tried_again(cluster: Cluster, code: Path, d
 def test_a_stopped_job_a_killed_worker_and_a_lost_node_change_nothing(
     cluster: Cluster, code: Path, digits: str, tmp_path: Path
 ) -> None:
-    """Last of these, since one node is left. The log lines keep the run slow: Ray takes a report every two seconds."""
+    """Last of these tests, since only one node remains. Log lines keep the run slow: Ray takes a report every 2 s."""
     horizon = ("--horizon", "120steps")
     train(tiny(digits, tmp_path / "alone", *STRICT, *horizon), World())
     out = tmp_path / "out"
@@ -279,7 +279,7 @@ def test_commands_in_the_documentation_have_real_flags() -> None:
 
 
 def check_flags(commands: list[str]) -> None:
-    """Each `ray …` has a subcommand and flags that this Ray knows."""
+    """Each `ray …` in the documents uses a subcommand and flags of the installed Ray."""
     import click
     from ray.scripts.scripts import cli
 

@@ -1,4 +1,4 @@
-"""Training from and to a real S3 server: through failing requests, kills and changes of the world nothing is lost."""
+"""Training from and to a real S3 server: failing requests, kills and changes of world size lose nothing."""
 
 import os
 import random
@@ -32,19 +32,19 @@ DATA = "s3://train/digits"
 
 @pytest.fixture(scope="module")
 def shards(s3: str) -> str:  # noqa: F811
-    """The digits on the server."""
+    """Prepare the digits on the server."""
     prepare_digits(DATA, StorageConfig(s3))
     return DATA
 
 
 def newest(store: Store) -> tuple[int, dict[str, torch.Tensor]]:
-    """Step and all tensors of the newest checkpoint."""
+    """Return the step and all tensors of the newest checkpoint."""
     record, parts = Checkpoints(store).newest()
     return record.step, {f"{part}/{name}": tensor for part in parts for name, tensor in parts[part].items()}
 
 
 def start(machine: Path, flags: list[str], **env: str) -> ForkServerProcess:
-    """`python -m pipeline.train` in the folder `machine`, which stands for a computer: it holds what is local there."""
+    """Run `python -m pipeline.train` in the folder `machine`, which represents a computer and holds its local files."""
     machine.mkdir(exist_ok=True)
     process = FORKS.Process(target=_main, args=(machine, flags, {**os.environ, **env}))
     process.start()
@@ -64,7 +64,7 @@ def _main(machine: Path, flags: list[str], env: dict[str, str]) -> None:
 
 
 def start_all(machine: Path, world: int, flags: list[str]) -> list[ForkServerProcess]:
-    """All ranks, with the variables that torchrun gives them."""
+    """Start all ranks, with torchrun's variables."""
     if world == 1:
         return [start(machine, flags)]
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(world)}
@@ -77,7 +77,7 @@ def log(machine: Path) -> str:
 
 
 def wait(processes: list[ForkServerProcess], machine: Path) -> None:
-    """Until all have ended well."""
+    """Wait until all ranks have succeeded."""
     for process in processes:
         process.join(180)
         assert process.exitcode == 0, log(machine)[-3000:]
@@ -90,7 +90,7 @@ def test_faults_kills_and_other_worlds_change_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """On 1, then 2, then 1 ranks, with 30 % of all requests failing, killed five times at random moments and going on
+    """On 1, then 2, then 1 ranks, with 30 % of all requests failing, killed five times at random moments and resumed
     elsewhere: each sample of every epoch is consumed once, and the weights are those of an undisturbed run."""
     legs = ((1, 24, 2), (2, 48, 2), (1, 72, 1))  # ranks, to which step, kills
     flags = [*TINY, "--batch-size", "64", "--checkpoint-every", "3", "--log-every", "2", "--sample-every", "20"]
@@ -121,7 +121,7 @@ def test_faults_kills_and_other_worlds_change_nothing(
                     time.sleep(0.05)
                 time.sleep(rng.random())
                 assert all(process.is_alive() for process in processes), "the leg was over before it was killed"
-                for process in processes:  # as when a computer goes down
+                for process in processes:  # as when a computer fails
                     process.kill()
                     process.join()
                 kills += 1
@@ -129,7 +129,7 @@ def test_faults_kills_and_other_worlds_change_nothing(
         assert sum(proxy.counts.values()) - proxy.counts["passed"] > 100
         assert len([fault for fault in proxy.counts if proxy.counts[fault]]) == 9  # every kind of fault, and "passed"
 
-        # What the run is good for is read through the same faults.
+        # Sampling and evaluation read through the same faults.
         grid, config = tmp_path / "grid.png", StorageConfig(proxy.url, deadline_s=90)
         sample.main(sample.SampleConfig(run, out=str(grid), count=4, storage=config), World())
         evaluate.main(evaluate.EvaluateConfig(run, images=4, storage=config), World())
@@ -137,7 +137,7 @@ def test_faults_kills_and_other_worlds_change_nothing(
         assert "step 72" in said
         assert "bits/dim" in said
 
-    # The same worlds, undisturbed, from and to the local disk.
+    # The same world sizes, undisturbed, from and to the local disk.
     reference = tmp_path / "reference"
     for world, horizon, _ in legs:
         more = ["--horizon", f"{horizon}steps"]
@@ -152,7 +152,7 @@ def test_faults_kills_and_other_worlds_change_nothing(
     assert disturbed.keys() == undisturbed.keys()
     assert not [name for name in disturbed if not torch.equal(disturbed[name], undisturbed[name])]
 
-    # The journal under the run's URL has it all, wherever the attempts ran.
+    # The journal under the run's URL is complete, wherever the attempts ran.
     journal, index = read_journal(Store(run, direct)), load_index(Store(shards, direct), "train")
     epochs = {r["step"]: r["digest"] for r in journal if r["kind"] == "epoch"}
     assert epochs == {epoch: expected_digest(index, epoch) for epoch in range(72 * 64 // index.num_samples)}
@@ -175,7 +175,7 @@ def reached(run: Store) -> int:
 
 
 def test_a_run_goes_on_elsewhere_with_its_history(s3: str, shards: str, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
-    """Machine a, then b, then a again: each takes the journal over, however far its own had come."""
+    """Machine a, then b, then a again: each continues the run's journal, whatever the state of its local copy."""
     run, endpoint = "s3://ckpt/elsewhere", ("--storage.endpoint-url", s3, "--data.cache-dir", str(tmp_path / "cache"))
     for machine, horizon in (("a", 4), ("b", 8), ("a", 12), ("b", 12)):
         (tmp_path / machine).mkdir(exist_ok=True)
@@ -186,7 +186,7 @@ def test_a_run_goes_on_elsewhere_with_its_history(s3: str, shards: str, tmp_path
     assert [r["kind"] for r in journal].count("run") == 1
     assert [r["kind"] for r in journal].count("tags") == 3
     assert read_journal(tmp_path / "a" / journal_dir(run)) == journal
-    # A local copy that is ahead of the store's, as after a kill, is not thrown away.
+    # A local copy that is ahead of the store's, as after a kill, is kept.
     monkeypatch.chdir(tmp_path / "a")
     ahead = journal_dir(run) / JOURNAL
     whole = ahead.read_bytes()
@@ -205,9 +205,9 @@ def test_what_cannot_work_fails_at_once_with_advice(s3: str, shards: str, tmp_pa
         "no bucket for the run": (right, shards, "s3://nowhere/x", s3, "create the bucket"),
         "no bucket for the data": (right, "s3://nowhere/x", out, s3, "create the bucket"),
         "no data": (right, "s3://train/nothing", out, s3, "python -m pipeline.prepare"),
-        "no server": (right, shards, out, "http://127.0.0.1:9", "is the server up"),
+        "no server": (right, shards, out, "http://127.0.0.1:9", "the server is up"),
     }
-    FORKS.Process(target=int).start()  # the imports of the server are not the program's time
+    FORKS.Process(target=int).start()  # importing the server does not count as the program's time
     for name, (identity, data, run, endpoint, says) in cases.items():
         flags = [*TINY, "--data.url", data, "--out", run, "--storage.endpoint-url", endpoint]
         with credentials(*identity):
@@ -222,13 +222,13 @@ def test_what_cannot_work_fails_at_once_with_advice(s3: str, shards: str, tmp_pa
         assert took < 60
         assert not [text for text in ("hunter2", SECRET) if text in said]
     assert not Checkpoints(Store(out, StorageConfig(s3))).store.list()
-    with pytest.raises(ValueError, match="s3://ckpt/never: no checkpoint there"):
+    with pytest.raises(ValueError, match="s3://ckpt/never: got no checkpoint"):
         sample.load_trained(out, StorageConfig(s3), World())
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one shard of the digits, but not for two."""
+    """Mount a file system with room for one shard of the digits, but not for two."""
     with small_disk(tmp_path, "800k") as disk:
         yield disk
 

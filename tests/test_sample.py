@@ -1,4 +1,4 @@
-"""Drawing: the same images on any number of ranks, in files that people and evaluators open."""
+"""Drawing: the same images on any number of ranks, in files for people and for evaluators."""
 
 import io
 from itertools import pairwise
@@ -113,12 +113,12 @@ def test_a_grid_is_near_square_or_has_the_columns_asked_for() -> None:
         ({"eta": 0.5}, "only --sampler ddim"),
         ({"sampler": "ddim", "eta": 2.0}, "expected 0 to 1"),
         ({"steps": 21}, "expected 1 to the run's T = 20"),
-        ({"out": "x.gif"}, r"ends in \.png or \.npz"),
+        ({"out": "x.gif"}, r"ending in \.png or \.npz"),
         ({"classes": (3, 10)}, "expected 0 to 9"),
         ({"progressive": 6, "steps": 5}, "at most the 5 steps"),
-        ({"progressive": 2, "out": "x.npz"}, "samples only"),
-        ({"between": ("1", "2"), "eta": 1.0, "sampler": "ddim"}, "neither --progressive nor --eta"),
-        ({"ema_rate": 0.7}, r"the run has 0\.9, 0\.5"),
+        ({"progressive": 2, "out": "x.npz"}, "only final samples"),
+        ({"between": ("1", "2"), "eta": 1.0, "sampler": "ddim"}, "cannot be combined with --progressive or --eta"),
+        ({"ema_rate": 0.7}, r"expected 0\.9, 0\.5"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(small_run: str, tmp_path: Path, options: dict[str, Any], says: str) -> None:

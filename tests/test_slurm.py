@@ -1,4 +1,4 @@
-"""The batch scripts of slurm/, and the same run under srun, on a real private Slurm of two nodes."""
+"""The batch scripts of slurm/, and the same run under srun, on a real, private Slurm with two nodes."""
 
 import json
 import os
@@ -37,20 +37,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 @pytest.fixture
 def slurm(cluster: Slurm) -> Iterator[Slurm]:
     yield cluster
-    cluster.run("scancel", "--state=PENDING")  # what a test that failed has left
+    cluster.run("scancel", "--state=PENDING")  # left by a failed test
     cluster.run("scancel", "--state=RUNNING")
 
 
 @pytest.fixture(scope="module")
 def reference(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The undisturbed run of one process."""
+    """Train the run undisturbed in one process."""
     out = tmp_path_factory.mktemp("reference")
     train(tiny(digits, out, *LONG), World())
     return str(out)
 
 
 class Job:
-    """A job of slurm/train_imagenet64.sh: the digits' run, tiny, in `out`, by one task on each of two nodes."""
+    """A job of slurm/train_imagenet64.sh: a tiny digits run in `out`, with one task on each of two nodes."""
 
     def __init__(self, slurm: Slurm, digits: str, out: Path) -> None:
         self.slurm, self.out, self.log = slurm, out, out.with_suffix(".log")
@@ -68,7 +68,7 @@ class Job:
             raise AssertionError(f"{error}\n{self.said()}\n{self.slurm.job(self.id)}") from None
 
     def train(self, steps: int) -> None:
-        """Wait until this attempt has committed so many steps more than there were."""
+        """Wait until this attempt has committed this many more steps."""
         there = newest_step(self.out)
         self.until(lambda: newest_step(self.out) >= there + steps, f"{steps} steps beyond {there}")
 
@@ -95,10 +95,10 @@ def test_the_scripts_pass_shellcheck() -> None:
 def test_a_run_goes_on_through_time_limit_lost_node_and_requeue(
     slurm: Slurm, digits: str, tmp_path: Path, reference: str
 ) -> None:
-    """One job on two nodes, three times thrown off them: in the end the undisturbed run, in one history."""
+    """One job on two nodes, interrupted three times, ends as the undisturbed run, with one history."""
     job = Job(slurm, digits, tmp_path / "out")
     job.train(5)
-    # Held, so that it is not done before Slurm looks at the limit, which it does twice a minute.
+    # Held, so that it does not finish before Slurm checks the limit, twice a minute.
     held = slurm.tasks(job.id)
     assert len(held) == 2
     signal_all(held, signal.SIGSTOP)
@@ -135,7 +135,7 @@ def test_a_run_goes_on_through_time_limit_lost_node_and_requeue(
 def test_a_cancelled_run_stays_down_until_it_is_started_again(
     slurm: Slurm, digits: str, tmp_path: Path, reference: str
 ) -> None:
-    """And goes on inside salloc, on another number of nodes."""
+    """The run resumes inside salloc, on another number of nodes."""
     job = Job(slurm, digits, tmp_path / "out")
     job.train(5)
     slurm.run("scancel", job.id)
@@ -152,7 +152,7 @@ def test_a_cancelled_run_stays_down_until_it_is_started_again(
 
 @pytest.mark.parametrize(("attempt", "interrupted"), [("1.2", True), ("1.1", False), ("7.2", False), (None, False)])
 def test_the_run_says_itself_whether_it_was_interrupted(tmp_path: Path, attempt: str | None, interrupted: bool) -> None:
-    """And which start of which job was."""
+    """The mark also says which start of which job was interrupted."""
     if attempt:
         (tmp_path / INTERRUPTED_FILE).write_text(json.dumps({"step": 1, "attempt": attempt}))
     command = 'source slurm/job.sh; source slurm/environment.sh; was_interrupted "$@"'
@@ -162,7 +162,7 @@ def test_the_run_says_itself_whether_it_was_interrupted(tmp_path: Path, attempt:
 
 
 def test_which_jobs_start_again(slurm: Slurm, tmp_path: Path) -> None:
-    """Those that are interrupted, so often as is allowed; not those that fail; of an array, the task alone."""
+    """Interrupted jobs are requeued as often as allowed, failed ones are not; in an array, only the task is."""
 
     def submit(name: str, command: str, *options: str) -> str:
         script = tmp_path / f"{name}.sh"
@@ -179,7 +179,7 @@ def test_which_jobs_start_again(slurm: Slurm, tmp_path: Path) -> None:
         "early": submit("early", f"{once} touch {tmp_path}/early; exec sleep 300"),
     }
     array = submit("array", f"{once} [ $SLURM_ARRAY_TASK_ID = 1 ] && exit 75; exit 0", "--array=0-1")
-    for name in ("deaf", "early"):  # the first does not hear the warning, the second dies of it
+    for name in ("deaf", "early"):  # the first ignores the warning, the second dies of it
         slurm.until((tmp_path / name).exists, name)
         slurm.run("scancel", "--batch", "--signal=USR1", jobs[name])
     slurm.until(lambda: not slurm.run("squeue", "--noheader"), "an empty queue")
@@ -194,7 +194,7 @@ def test_which_jobs_start_again(slurm: Slurm, tmp_path: Path) -> None:
         "task 0": ("0", "0:0"),
         "task 1": ("1", "0:0"),
     }
-    assert "started again 1 times" in (tmp_path / "interrupted.log").read_text()
+    assert "restarted 1 times" in (tmp_path / "interrupted.log").read_text()
 
 
 def test_a_study_is_an_array_that_goes_on_after_preemption(slurm: Slurm, digits: str, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_an_evaluation_over_two_nodes(slurm: Slurm, reference: str, tmp_path: Pa
 
 @pytest.mark.parametrize("options", ["--gpus-per-node=4", "--gpus-per-task=1", "--gpus-per-node=4 --gpu-bind=single:1"])
 def test_each_task_takes_a_gpu_of_its_own(slurm: Slurm, monkeypatch: pytest.MonkeyPatch, options: str) -> None:
-    """Whether Slurm shows a task all the GPUs of its node, or one."""
+    """Works whether Slurm shows a task all the GPUs of its node, or one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     show = "echo $SLURM_NODEID $SLURM_LOCALID $SLURM_GPUS_ON_NODE $CUDA_VISIBLE_DEVICES"
@@ -307,7 +307,7 @@ def test_a_killed_task_ends_the_step_and_the_same_command_resumes(
 
 
 def task(rank: int, out: str) -> int:
-    """The process id of a task of this run."""
+    """Return the process id of a task of this run."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             variables = (process / "environ").read_text().split("\0")

@@ -51,7 +51,7 @@ def test_operations(store):
 def test_create_only_if_absent(store):
     assert store.create("k", b"first")
     assert not store.create("k", b"second")
-    assert store.create("k", b"first")  # as after a reply that was lost
+    assert store.create("k", b"first")  # as after a lost reply
     assert store.read("k") == b"first"
 
 
@@ -245,7 +245,7 @@ def test_directory_that_cannot_be(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="is a file"):
         Store(tmp_path / "file" / "x").check(write=True)
-    with pytest.raises(StorageError, match="not a directory"):
+    with pytest.raises(StorageError, match="not a readable directory"):
         Store(tmp_path / "missing").check(write=False)
 
 
@@ -261,7 +261,7 @@ def test_transient_local_error_is_tried_again(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(storage.os, "replace", replace)
     store.write("k", b"1")
     assert store.read("k") == b"1"
-    assert len([r for r in caplog.records if "trying again" in r.message]) == 1  # one line a burst
+    assert len([r for r in caplog.records if "retrying" in r.message]) == 1  # one line per burst
 
 
 def test_import_is_light():
@@ -365,9 +365,9 @@ def test_s3_credentials_may_take_longer_than_a_request(s3, tmp_path, monkeypatch
 
 def test_s3_unknown_profile_and_dead_endpoint():
     with credentials(KEY, SECRET):
-        with pytest.raises(StorageError, match="name a profile"):
+        with pytest.raises(StorageError, match="choose a profile"):
             Store("s3://train/x", StorageConfig("http://127.0.0.1:9", profile="nobody")).check(write=False)
-        with pytest.raises(StorageError, match="is the server up"):
+        with pytest.raises(StorageError, match="check that the server is up"):
             Store("s3://train/x", StorageConfig("http://127.0.0.1:9", deadline_s=2)).read("k")
 
 
@@ -391,7 +391,7 @@ def test_s3_after_fork(s3):  # noqa: F811
 
 @pytest.mark.s3
 def test_s3_large_object_survives_faults(s3):  # noqa: F811
-    """Eight requests that must all succeed, of which each fails with probability 1/2."""
+    """Eight requests that must all succeed, each failing with probability 1/2."""
     data = os.urandom(1 << 20) * 100
     with FaultProxy(s3, rate=0.5, seed=3, faults=["500", "reset", "lost", "stall"]) as proxy:
         proxy.stall_s = 0.2

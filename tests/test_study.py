@@ -1,4 +1,4 @@
-"""A study: its file, its plan, its runs from start through a signal to the end, and its report."""
+"""A study: its file, its plan, its runs from the start through a signal to the end, and its report."""
 
 import base64
 import json
@@ -65,7 +65,7 @@ def test_the_runs_of_a_study_file(tmp_path: Path) -> None:
     wider = load_study(study_file(tmp_path, axis="model.channel_mult", values=["1", "1 2"])).runs
     assert wider[-1].config.model.channel_mult == (1, 2)
     assert wider[-1].name == "1x2-2e+10-0"
-    for run in (*runs, *wider):  # the command line says the same as the plan
+    for run in (*runs, *wider):  # the command line agrees with the plan
         assert parse_train(run.command(1e10)[3:])[0] == run.at(1e10)
 
 
@@ -74,16 +74,16 @@ def test_the_runs_of_a_study_file(tmp_path: Path) -> None:
     [
         ({"budgets": [-1e10]}, "expected one or more positive FLOPs"),
         ({"budgets": [1.001e10, 1.002e10]}, "expected budgets that differ in their first three digits"),
-        ({"budgets": [2e10, 1e10], "separate": False}, "expected rising ones"),
+        ({"budgets": [2e10, 1e10], "separate": False}, "expected ascending budgets"),
         ({"axis": "lr"}, "expected a field that sets the network's size"),
         ({"train": {"seed": 3, "lr": 1e-3}}, "train: got --lr, --seed, which a study sets for each of its runs"),
         ({"evaluate": {"against": "runs/x"}}, "evaluate: got --against, which a study sets"),
-        ({"evaluate": {"target_se": 0.01}}, "points of different numbers of images do not compare"),
-        ({"seeds": [1, 2, 3]}, "expected one number, or one for each of the values"),
+        ({"evaluate": {"target_se": 0.01}}, "points with different numbers of images are not comparable"),
+        ({"seeds": [1, 2, 3]}, "expected one number, or one for each value"),
         ({"sizes": [1]}, "sizes"),
         ({"train": {"lrr": 1}}, "lrr"),
         ({"evaluate": {"image": 1}}, "--images"),
-        ({"evaluate": {"metrics": "nll,is"}}, "expected some of nll, fid, kid"),
+        ({"evaluate": {"metrics": "nll,is"}}, "expected comma-separated nll, fid, kid"),
     ],
 )
 def test_a_wrong_study_file_is_one_clear_error(tmp_path: Path, capsys, fields: dict, says: str) -> None:
@@ -103,14 +103,14 @@ def test_networks_of_one_size_are_refused(tmp_path: Path, capsys) -> None:
     path = study_file(tmp_path, axis="model.num_heads", values=[1, 2])
     for command in ("plan", "run"):
         assert main([command, str(path)]) == 1
-        assert "networks with as many parameters as others" in capsys.readouterr().err
+        assert "networks with equal numbers of parameters" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("evaluate", "says"),
     [
         ({"metrics": "nll", "split": "test"}, "no 'test' dataset"),
-        ({"metrics": "nll", "chain": "best250"}, "the run has"),
+        ({"metrics": "nll", "chain": "best250"}, "expected at most the run's"),
         ({"ema_rate": 0.9}, "evaluate.ema_rate: got 0.9"),
     ],
 )
@@ -135,7 +135,7 @@ def test_the_papers_sizes_are_counted_exactly(channels: int, parameters: int, ma
 
 
 def test_a_plan_counts_and_warns(tmp_path: Path, capsys, monkeypatch, digits: str) -> None:
-    monkeypatch.setattr(study, "journal", None)  # other hardware's plan needs none of the runs' stores
+    monkeypatch.setattr(study, "journal", None)  # a plan for other hardware needs no store of the runs
     path = study_file(tmp_path, {"warmup_steps": 5, "ema_rates": [0.99], "data": {"url": digits}}, budgets=[1e10])
     study.plan(Plan(path, utilisation=0.5, price=2.0))
     said = capsys.readouterr().out
@@ -164,10 +164,10 @@ def test_a_plan_counts_and_warns(tmp_path: Path, capsys, monkeypatch, digits: st
 def test_what_slurm_and_ray_are_given(tmp_path: Path, capsys, digits: str, monkeypatch) -> None:
     path = study_file(tmp_path, {"data": {"url": digits}, "tracking": {"uri": "http://127.0.0.1:1"}})
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match="--launcher slurm: there is no sbatch here"):
+    with pytest.raises(ValueError, match="--launcher slurm: sbatch is not installed here"):
         execute(study.Execute(path, launcher="slurm"))
     assert "warning: MLflow does not answer" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="a Ray job brings along"):
+    with pytest.raises(ValueError, match="a Ray job uploads"):
         execute(study.Execute(path, launcher="ray"))
     with pytest.raises(ValueError, match="expected 0 to 3"):
         execute(study.Execute(path, only="9"))
@@ -175,7 +175,7 @@ def test_what_slurm_and_ray_are_given(tmp_path: Path, capsys, digits: str, monke
 
 @pytest.mark.slow
 def test_a_study_interrupted_and_run_again(tmp_path: Path, digits: str, capsys) -> None:
-    """Each run stops within a step of its budget; a signal loses nothing; what is done is skipped."""
+    """Each run stops within a step of its budget; a signal loses nothing; finished work is skipped."""
     train = {"data": {"url": digits}}
     path = study_file(tmp_path, train, budgets=[2e10], values=[32])
     environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
@@ -229,7 +229,7 @@ def test_a_study_interrupted_and_run_again(tmp_path: Path, digits: str, capsys) 
     said = capsys.readouterr().out
     assert "1 of 1 runs are done" in said
     assert f"{point.value:.4f}  {distance.value:9.4f}" in said
-    # Measured in another way: again, without training.
+    # With other `evaluate` settings, it is measured again, without training.
     path = study_file(tmp_path, train, budgets=[2e10], values=[32], evaluate={"images": 8})
     assert execute(study.Execute(path, only="0")) == 0
     assert [(name, p.passport["n"]) for name, (p,) in load_points(load_study(path)).items()] == [("nll", 8)]
@@ -239,7 +239,7 @@ def test_a_study_interrupted_and_run_again(tmp_path: Path, digits: str, capsys) 
 
 @pytest.fixture
 def measured(tmp_path: Path) -> Study:
-    """A study, at a URL, whose points follow a known law."""
+    """Write a study at a URL, whose points follow a known law."""
     points = grid(0.01)
     sizes = sorted({p.parameters for p in points})
     fields = {"values": [32, 64, 96, 128, 160], "budgets": [float(b) for b in BUDGETS]}
@@ -265,7 +265,7 @@ def test_a_report(measured: Study, tmp_path: Path, capsys) -> None:
     page = (tmp_path / "r" / "report.html").read_text()
     assert "warning: MLflow did not take the report" in said
     drawn = {f"{metric}-{name}.png" for metric in ("nll", "fd_digits") for name in ("frontier", "isoflop", "residuals")}
-    assert {p.name for p in (tmp_path / "r").glob("*.png")} == drawn | {"nll-papers.png"}  # fd_digits is no FID
+    assert {p.name for p in (tmp_path / "r").glob("*.png")} == drawn | {"nll-papers.png"}  # fd_digits is not FID
     assert page.count("data:image/png;base64,") == 8
     assert base64.b64encode(b"a picture").decode() in page
     assert 'src="http' not in page

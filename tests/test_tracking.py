@@ -1,4 +1,4 @@
-"""The journal is complete and has each step once; MLflow gets all of it, whatever happens to its server."""
+"""The journal is complete and has each step once; MLflow receives all of it, whatever happens to its server."""
 
 import json
 import math
@@ -97,13 +97,13 @@ def test_mlflow_has_everything_the_journal_has(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)  # where MLflow puts the artifacts
     first = tracker(tmp_path / "run", uri)
     first.tags({"world_size": "2"})
-    for step in range(300):  # more than a batch of the shipper's
+    for step in range(300):  # more than one batch of the shipper
         first.log(step, {"train/loss": float(step), "compute/train_flops": 10.0 * step})
     png = tmp_path / "x.png"
     Image.new("RGB", (8, 8)).save(png)
     first.image(299, "samples", png.read_bytes())
     first.close("KILLED")
-    (tmp_path / "run" / "journal.shipped").unlink()  # as on another machine: all is sent again
+    (tmp_path / "run" / "journal.shipped").unlink()  # as on another machine: everything is sent again
     second = tracker(tmp_path / "run", uri, uid=first.uid)
     second.log(300, {"train/loss": 300.0, "compute/train_flops": 3000.0})
     second.close("FINISHED")
@@ -124,7 +124,7 @@ def server(folder: Path, port: int) -> subprocess.Popen:
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "art")]
     return subprocess.Popen(
         command,
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # seven processes that nothing here needs
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # seven processes that tests do not need
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -137,7 +137,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def shipped(folder: Path) -> int:
-    """Bytes of the journal that have arrived."""
+    """Return how many bytes of the journal have arrived."""
     state = folder / "journal.shipped"
     return json.loads(state.read_text())["offset"] if state.exists() else 0
 
@@ -152,12 +152,12 @@ def until(what: Callable[[], bool], process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_a_server_that_is_absent_then_killed_gets_everything_once(digits: str, tmp_path: Path) -> None:
-    """Training starts without it, meets it on the way, loses it by SIGKILL, and ends without it."""
+    """Training starts without the server, sees it come up, loses it to SIGKILL, and ends without it."""
     port = free_port()
     uri, folder = f"http://127.0.0.1:{port}", tmp_path / "run"
     flags = ["--data.url", digits, "--out", str(folder), "--horizon", "1e6steps", "--log-every", "1"]
     flags += ["--tracking.uri", uri, "--tracking.flush-s", "2", "--tracking.experiment", "study"]
-    # Slow steps, lest the journal becomes long.
+    # Slow steps keep the journal short.
     command = [sys.executable, "-m", "pipeline.train", *TINY, "--batch-size", "64", "--sample-every", "20", *flags]
     with (tmp_path / "said").open("w") as said:
         training = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
@@ -202,7 +202,7 @@ def test_a_new_database_gets_the_whole_history(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_remote_run_is_sent_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its journal and its pictures, from the URL; and where there is no run, that is said."""
+    """The journal and images of a remote run are sent from its URL; a URL without a run is an error."""
     gone, run = tracker(tmp_path / "gone", "none"), Store(f"memory://{tmp_path}/r")
     gone.log(1, {"train/loss": 1.0})
     png = tmp_path / "x.png"
@@ -221,7 +221,7 @@ def test_a_remote_run_is_sent_from_anywhere(tmp_path: Path, monkeypatch: pytest.
     assert sent.data.metrics == {"train/loss": 1.0}
     assert client.list_artifacts(sent.info.run_id, "images")
     monkeypatch.setattr(sys, "argv", ["tracking", f"{run.url}/none", "--uri", uri])
-    with pytest.raises(SystemExit, match=r"no journal.jsonl there; expected the --out of a run"):
+    with pytest.raises(SystemExit, match=r"got no journal.jsonl, expected the --out of a run"):
         main()
 
 

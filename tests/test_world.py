@@ -1,4 +1,4 @@
-"""One run on any number of ranks: what is the same, how it stops, and who is blamed."""
+"""One run on any number of ranks: what is the same, how it stops, and which rank is blamed."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_a_missing_gpu_is_an_error() -> None:
     ("gpus", "says"), [("2", "--device cuda: torch finds no GPU"), ("1", "--ntasks-per-node: got 2, expected 1")]
 )
 def test_a_slurm_job_that_has_gpus_does_not_train_on_cpus(monkeypatch, gpus: str, says: str) -> None:
-    """A node whose driver fails, or that was given too few, is an error, not a slow rank."""
+    """A node with a failing driver or too few GPUs is an error, not a slow rank."""
     step = {"PROCID": "1", "LOCALID": "1", "NODEID": "0", "JOB_ID": "1", "STEP_ID": "0", "GPUS_ON_NODE": gpus}
     step |= {"STEP_NUM_TASKS": "2", "STEP_NUM_NODES": "1", "STEP_TASKS_PER_NODE": "2"}
     for name, value in step.items():
@@ -90,7 +90,7 @@ def test_slurm_lists_are_read() -> None:
 
 @pytest.fixture(scope="module")
 def reference(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The undisturbed run of one process."""
+    """Train the run undisturbed in one process."""
     out = tmp_path_factory.mktemp("reference")
     assert train(tiny(digits, out, *STRICT), World()) == "finished"
     return str(out)
@@ -131,7 +131,7 @@ def seen_by(size: int, folder: Path, config: TrainConfig) -> list[dict]:
 
 
 def in_order(parts: list[dict], batch_size: int) -> list[torch.Tensor]:
-    """The ranks' rows of each step, step by step, as one process sees them."""
+    """Merge the ranks' rows of each step into what one process would see."""
     joined = []
     for kind in range(3):
         per_rank = [part["rows"][kind].chunk(4) for part in parts]
@@ -149,7 +149,7 @@ def test_any_ranks_and_microbatch_see_the_same_timesteps_and_noise(digits: str, 
         parts = seen_by(size, tmp_path / f"{size}-{microbatch}", cut)
         for a, b in zip(in_order(alone, 10), in_order(parts, 10), strict=True):
             assert torch.equal(a, b), (size, microbatch)
-        # In float32, where only the order of sums differs.
+        # In float32, only the order of summation differs.
         for name, gradient in alone[0]["gradients"].items():
             for part in parts:
                 wrong = (part["gradients"][name] - gradient).norm() / norm(alone[0]["gradients"])
@@ -161,7 +161,7 @@ def norm(tensors: dict[str, torch.Tensor]) -> float:
 
 
 def test_the_importance_sampler_is_bit_identical_on_all_ranks(digits: str, tmp_path: Path) -> None:
-    # With 4 timesteps, 160 losses fill the history: it samples by importance from the second step on.
+    # With 4 timesteps, 160 losses fill the history, so importance sampling starts at the second step.
     flags = ("--diffusion.timesteps", "4", "--batch-size", "63", "--timestep-sampler", "loss-second-moment")
     parts = seen_by(4, tmp_path / "4", tiny(digits, tmp_path, *flags))
     assert len(set(parts[0]["digests"])) == 4  # it changes every step
@@ -177,7 +177,7 @@ def test_weights_agree_in_float64(digits: str, tmp_path: Path, size: int) -> Non
     assert_same_run(tmp_path / "out", tmp_path / "alone")
     counts = newest(tmp_path / "out")["progress/counts"]
     assert counts.sum() == 500
-    assert (counts >= 10).all()  # warmed up: the losses of all ranks have chosen timesteps
+    assert (counts >= 10).all()  # warmed up: the losses of all ranks have determined timesteps
 
 
 def test_losses_agree_in_float32(digits: str, tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_the_others_stop_and_name_a_rank_that_dies_or_hangs(
 
 
 def hang(world: World) -> None:
-    """Rank 1 dies while rank 0 is stuck where no collective fails, as a host waiting for its GPU is."""
+    """Rank 1 dies while rank 0 is stuck outside any collective, like a host waiting for its GPU."""
     if world.rank == 1:
         time.sleep(2)
         os._exit(3)
@@ -299,7 +299,7 @@ def test_a_stuck_training_thread_is_ended(tmp_path: Path) -> None:
 
 
 def work_long(world: World) -> None:
-    """Rank 0 is busy for longer than the others wait for a rank that is silent; then rank 1 fails at its own work."""
+    """Rank 0 is busy for longer than the time-out for silent ranks; then rank 1 fails at its own work."""
     assert world.on_rank0(lambda: time.sleep(6) or "found") == "found"
     assert world.on_all_ranks(lambda: world.rank) == [0, 1]
     print("all is well")
@@ -315,7 +315,7 @@ def test_ranks_wait_for_one_that_works_and_learn_when_it_fails(tmp_path: Path) -
 
 
 def spoil(world: World, config: TrainConfig) -> None:
-    """Train with one image of rank 1's sixth step not a number."""
+    """Train with one NaN image in rank 1's sixth step."""
     honest = loop.to_device
 
     def to_device(batch, index, config, device):
