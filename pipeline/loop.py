@@ -4,11 +4,10 @@ What a step computes depends on each sample's position in the run (one integer),
 processes it, so any number of workers trains the same run, except for dropout masks, which each rank draws itself.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,22 +22,14 @@ from iddpm.ema import EMA
 from iddpm.flops import train_flops
 from iddpm.noise import normal, stream_key, uniform
 from iddpm.timesteps import make_sampler
-from pipeline.checkpoint import Checkpoints, Parts, StaleAttempt, Writer
-from pipeline.config import (
-    INTERRUPTED_FILE,
-    TrainConfig,
-    check_metrics,
-    check_same_run,
-    horizon_steps,
-    record,
-    slurm_attempt,
-)
+from pipeline.checkpoint import Parts
+from pipeline.config import TrainConfig, check_metrics, horizon_steps
 from pipeline.data import Batch, Cache, ShardIndex, epoch_digests, expected_digest, load_index, stream
 from pipeline.evaluate import EvaluateConfig, log_measured, measure
 from pipeline.hardware import device_name, peak_flops
+from pipeline.recorder import Recorder, load_newest, settle
 from pipeline.sample import Recipe, Trained, autocast, build_model, draw, ema_part, grid_png, image_shape, with_weights
-from pipeline.storage import StorageError, Store
-from pipeline.tracking import JOURNAL, Tracker, fetch_journal, find_uid, journal_dir, read_journal, run_name, statuses
+from pipeline.storage import Store
 from pipeline.world import World
 
 QUARTILES = 4
@@ -249,9 +240,8 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
     Calls `report` with the step and its values at each log line, on every rank.
     Raises ValueError for mistakes that the user can fix, StorageError, NonFinite, StaleAttempt.
     """
-    run = Store(config.out, config.storage)
     index = _data(config, world)
-    found = world.only_on_rank0(lambda: _newest(config, run, index))
+    found = world.only_on_rank0(lambda: load_newest(config, index))
     meta = world.broadcast_object(found[0] if found else None)
     state = TrainState(config, world)
     if meta:
@@ -266,11 +256,11 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
     )
     if state.step >= steps:
         if state.step == steps:
-            world.on_rank0(lambda: _settle(config, run, index, meta))
+            world.only_on_rank0(lambda: settle(config, index, meta))
         world.say(f"already complete at step {state.step}; extend --horizon to continue")
         return "finished"
 
-    with _recording(config, run, index, meta, world) as (tracker, writer):
+    with _recording(config, index, meta, world) as recorder:
         peak = sum(world.gather(peak_flops(world.device, config.precision)))
         clock = Clock(state, peak)
         bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if world.rank == 0 else True)
@@ -291,11 +281,11 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
         with closing(bar), closing(batches):
             while state.step < steps:
                 world.at(state.step)
-                if writer:
-                    writer.check()
+                if recorder:
+                    recorder.writer.check()
                 if world.stop_agreed():
-                    _checkpoint(state, run, writer, tracker, index, world)
-                    world.on_rank0(lambda: _end(run, writer, tracker, state.step))
+                    _checkpoint(state, recorder, index, world)
+                    _end(recorder, world, state.step)
                     world.say(f"interrupted at step {state.step}, checkpointed; the same command resumes")
                     return "interrupted"
 
@@ -312,21 +302,21 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
                 if state.step % config.log_every == 0 or state.step == steps:
                     state.metrics.check_finite(world)
                     values = state.metrics.read(world) | clock.read(state)
-                    if tracker:
-                        tracker.log(state.step, values)
+                    if recorder:
+                        recorder.tracker.log(state.step, values)
                         _show(bar, state.step, steps, values)
                     if report:
                         report(state.step, values)
                 if state.step == steps or (config.sample_every and state.step % config.sample_every == 0):
                     with clock.stopped():
-                        _draw_grid(state, run, tracker, world)
+                        _draw_grid(state, recorder, world)
                 if config.eval_every and (state.step == steps or state.step % config.eval_every == 0):
                     with clock.stopped():
-                        _evaluate(state, tracker, world)
+                        _evaluate(state, recorder, world)
                 if state.step == steps or state.step % config.checkpoint_every == 0:
                     with clock.stopped():
-                        _checkpoint(state, run, writer, tracker, index, world)
-        world.on_rank0(lambda: _end(run, writer, tracker))
+                        _checkpoint(state, recorder, index, world)
+        _end(recorder, world)
     world.say(f"finished at step {state.step}: {config.out}")
     return "finished"
 
@@ -359,139 +349,54 @@ def _data(config: TrainConfig, world: World) -> ShardIndex:
     return index
 
 
-def _newest(config: TrainConfig, run: Store, index: ShardIndex) -> tuple[dict[str, Any], Parts]:
-    """Load the newest checkpoint: its metadata, with its `step`, and its parts; both empty if there is none."""
-    run.check(write=True, once=True)
-    run.delete(INTERRUPTED_FILE)  # left by an earlier attempt
-    found = Checkpoints(run).newest()
-    if found and "optimizer" not in found[0].parts:
-        raise ValueError(
-            f"--out {config.out} holds converted weights, which can only be sampled and evaluated; give another --out"
-        )
-    if not found:
-        return {}, {}
-    newest, parts = found
-    check_same_run(newest.meta["config"], config)
-    if newest.meta["dataset_digest"] != index.digest:
-        raise ValueError(
-            f"--data.url {config.data.url}: got digest {index.digest}, expected {newest.meta['dataset_digest']},"
-            f" the data that the run at {config.out} was trained on"
-        )
-    return newest.meta | {"step": newest.step}, parts
-
-
 @contextmanager
-def _recording(
-    config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any], world: World
-) -> Iterator[tuple[Tracker | None, Writer | None]]:
-    """Open rank 0's tracker and checkpoint writer (None on other ranks); `_end` closes them, this only on an error."""
-    tracker, writer = world.only_on_rank0(lambda: _begin(config, run, index, meta, world)) or (None, None)
+def _recording(config: TrainConfig, index: ShardIndex, meta: dict[str, Any], world: World) -> Iterator[Recorder | None]:
+    """Open rank 0's recorder; the other ranks have none. Closes it on an error only."""
+    recorder = world.only_on_rank0(lambda: Recorder(config, index, meta, world))
     try:
-        yield tracker, writer
+        yield recorder
     except BaseException as error:
         world.leaving()
-        if tracker and writer:
-            with suppress(Exception):  # the pending checkpoint is good; report the first error
-                writer.close()
-            with suppress(Exception):
-                stale = isinstance(error, StaleAttempt)  # the run belongs to another attempt, which continues it
-                tracker.close(None if stale else "FAILED")
-                if not (stale or isinstance(error, StorageError)):  # a failed store would only cost time
-                    _copy_journal(tracker, run)
+        if recorder:
+            recorder.fail(error)
         raise
 
 
-def _begin(
-    config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any], world: World
-) -> tuple[Tracker, Writer]:
-    tracker = _tracker(config, run, index, meta)
-    writer = Checkpoints(run).claim({"launcher": world.launcher, "world_size": world.size})
-    tracker.tags(
-        {
-            "attempt": str(writer.number),
-            "launcher": world.launcher,
-            "world_size": str(world.size),
-            "device": device_name(world.device),
-            "checkpoints": config.out,
-        }
-    )
-    return tracker, writer
+def _end(recorder: Recorder | None, world: World, interrupted_at: int | None = None) -> None:
+    def end() -> None:
+        assert recorder, "rank 0 has one"
+        recorder.end(interrupted_at)
+
+    world.only_on_rank0(end)
 
 
-def _tracker(config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any]) -> Tracker:
-    folder = journal_dir(config.out)
-    fetch_journal(run, folder)
-    return Tracker(
-        folder,
-        config.tracking,
-        uid=meta.get("uid") or find_uid(folder, record(config)),
-        name=config.tracking.name or run_name(config.out),
-        run_config=record(config),
-        dataset={"url": config.data.url, "name": index.source, "digest": index.digest},
-    )
-
-
-def _settle(config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any]) -> None:
-    """Mark a run FINISHED whose last attempt died between its last checkpoint and its end; on rank 0."""
-    told = statuses(read_journal(run.local or run))
-    if told and told[-1] != "FINISHED":
-        tracker = _tracker(config, run, index, meta)
-        tracker.close("FINISHED")
-        _copy_journal(tracker, run)
-
-
-def _end(run: Store, writer: Writer | None, tracker: Tracker | None, interrupted_at: int | None = None) -> None:
-    """Complete and close the run's checkpoints and history; on rank 0."""
-    assert writer
-    assert tracker
-    writer.close()
-    if interrupted_at is not None:
-        run.write(INTERRUPTED_FILE, json.dumps({"step": interrupted_at, "attempt": slurm_attempt()}).encode())
-    tracker.close("FINISHED" if interrupted_at is None else "KILLED")
-    _copy_journal(tracker, run)
-
-
-def _copy_journal(tracker: Tracker, run: Store) -> None:
-    """Copy the journal to a remote run's URL, for readers elsewhere and for the machine that resumes the run."""
-    if run.local is None:
-        run.write(JOURNAL, tracker.path.read_bytes())
-
-
-def _checkpoint(
-    state: TrainState, run: Store, writer: Writer | None, tracker: Tracker | None, index: ShardIndex, world: World
-) -> None:
+def _checkpoint(state: TrainState, recorder: Recorder | None, index: ShardIndex, world: World) -> None:
     """Save the state, which must be finite, and check that each finished epoch had each sample once."""
     state.metrics.check_finite(world)
     # Rank 0 collects the others' sums: metrics since the last log line, and digests.
     world.sum_(state.metrics.table)
     shares = world.gather(state.epoch_digests)
-    if not (writer and tracker):
+    if not recorder:
         state.metrics.reset()
         state.epoch_digests = {}
-        world.on_rank0(lambda: None)  # rank 0 may be waiting for an upload
+        world.only_on_rank0(lambda: None)  # rank 0 may be waiting for an upload
         return
-    config = state.config
     epochs = sorted({epoch for share in shares for epoch in share})
     state.epoch_digests = {epoch: _int64(sum(share.get(epoch, 0) for share in shares)) for epoch in epochs}
     for epoch in [e for e in epochs if (e + 1) * index.num_samples <= state.images]:
         digest = state.epoch_digests.pop(epoch)
         expected = expected_digest(index, epoch)
         assert digest == expected, f"epoch {epoch} missed or repeated samples: got digest {digest}, expected {expected}"
-        tracker.epoch(epoch, digest)
+        recorder.tracker.epoch(epoch, digest)
     meta = {
         "images": state.images,
         "train_flops": state.flops,
-        "config": record(config),
-        "uid": tracker.uid,
         "dataset_digest": index.digest,
         "epoch_digests": state.epoch_digests,
-        "mlflow_run_id": tracker.shipper.run_id if tracker.shipper else None,
         "world_size": world.size,
         "torch": torch.__version__,
     }
-    first = partial(_copy_journal, tracker, run)  # so that it is never older than the checkpoint
-    save = partial(writer.save, state.step, state.parts(), meta, config.keep_last, config.keep_every, first)
-    world.on_rank0(save)
+    world.only_on_rank0(partial(recorder.save, state.step, state.parts(), meta))
 
 
 def _int64(value: int) -> int:
@@ -509,20 +414,22 @@ def _average(state: TrainState) -> Iterator[Trained]:
     state.model.train().fuse(state.config.launch.compile)
 
 
-def _draw_grid(state: TrainState, run: Store, tracker: Tracker | None, world: World) -> None:
+def _draw_grid(state: TrainState, recorder: Recorder | None, world: World) -> None:
     """Draw a grid of samples with the first moving average."""
     config = state.config
     recipe = Recipe("ancestral", config.sample_steps, 0.0, config.seed)
     with _average(state) as trained:
         images = draw(trained, recipe, config.sample_count, world, batch_size=config.microbatch or 64)
-    if tracker and images is not None:
-        png = grid_png(images)
-        path = tracker.image(state.step, "samples", png)
-    if run.local is None:
-        world.on_rank0(lambda: run.write(f"samples/{path.name}", png))
+
+    def show() -> None:
+        assert recorder
+        assert images is not None, "rank 0 has them"
+        recorder.image(state.step, "samples", grid_png(images))
+
+    world.only_on_rank0(show)
 
 
-def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:
+def _evaluate(state: TrainState, recorder: Recorder | None, world: World) -> None:
     """Evaluate the first moving average as `python -m pipeline.evaluate` would."""
     config = state.config
     plan = EvaluateConfig(
@@ -538,8 +445,8 @@ def _evaluate(state: TrainState, tracker: Tracker | None, world: World) -> None:
         plan = replace(plan, images_per_call=calls, batch_size=config.microbatch)
     with _average(state) as trained:
         found = measure([trained], plan, world, keep=False)
-    if tracker:
-        log_measured(tracker, trained, found)
+    if recorder:
+        log_measured(recorder.tracker, trained, found)
         for value in found:
             tqdm.write(f"step {state.step} {value}")
 
