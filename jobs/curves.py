@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.tracking import read_journal
+from pipeline.storage import StorageConfig
+from pipeline.tracking import journal_of, run_name
 
 PANELS = {
     "train/loss": "loss",
@@ -14,7 +15,7 @@ PANELS = {
 }
 
 
-def draw(folders: Sequence[Path], out: Path) -> None:
+def draw(runs: Sequence[str], out: Path) -> None:
     """Plot the loss, its parts and the gradient norm over images seen, one panel each with one line per run."""
     import matplotlib
 
@@ -23,16 +24,16 @@ def draw(folders: Sequence[Path], out: Path) -> None:
 
     figure, grid = pyplot.subplots(2, 2, figsize=(6.4, 5.6), layout="constrained")
     axes = grid.flatten()
-    for folder in folders:
-        rows = [r["metrics"] for r in read_journal(folder) if r["kind"] == "metrics"]
+    for run in runs:
+        rows = [r["metrics"] for r in journal_of(run, StorageConfig()) if r["kind"] == "metrics"]
         if not rows:
-            raise ValueError(f"{folder}: no journal with metrics; expected the folder of a training run")
+            raise ValueError(f"{run}: no journal with metrics; expected the --out of a training run")
         for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
             points = [(row["train/images"], row[name]) for row in rows if row[name] > 0]
-            axis.plot(*zip(*points, strict=True), label=folder.name, linewidth=1.2)
+            axis.plot(*zip(*points, strict=True), label=run_name(run), linewidth=1.2)
             axis.set(title=title, xlabel="images", xscale="log", yscale="log")
             axis.grid(alpha=0.3, which="both")
-    if len(folders) > 1:
+    if len(runs) > 1:
         axes[0].legend()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
@@ -42,7 +43,7 @@ def draw(folders: Sequence[Path], out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m jobs.curves", description=__doc__)
     parser.add_argument("out", type=Path, help="PNG file to write")
-    parser.add_argument("runs", type=Path, nargs="+", help="folders of training runs")
+    parser.add_argument("runs", nargs="+", help="training runs: their --out, folders or URLs")
     args = parser.parse_args()
     try:
         draw(args.runs, args.out)

@@ -19,7 +19,7 @@ def main() -> None:
     print("1. Write scikit-learn's handwritten digits as WebDataset shards", flush=True)
     run("pipeline.prepare", "digits", "--out", "data/digits")
 
-    print(f"\n2. Train {STEPS[-1]} steps of L_hybrid on the CPU", flush=True)
+    print(f"\n2. Train {STEPS[-1]} steps of L_hybrid", flush=True)
     run("pipeline.train", "--out", RUN, "--horizon", f"{STEPS[-1]}steps", "--keep-every", "500")
 
     print("\n3. Evaluate bits/dim of the EMA on validation images at several training steps", flush=True)

@@ -35,7 +35,7 @@ from pipeline.config import (
     parse_train,
 )
 from pipeline.storage import Store, carries_credentials, first_line, mask
-from pipeline.tracking import connect, find_or_create_run, journal_dir, read_journal, statuses, tracking_uri
+from pipeline.tracking import connect, find_or_create_run, journal_dir, journal_of, statuses, tracking_uri
 from pipeline.train import provide_digits, was_interrupted
 
 if TYPE_CHECKING:  # these import torch and scipy
@@ -256,12 +256,12 @@ def plan(options: Plan) -> None:
         cost, budget = costs[run.value], run.budgets[-1]
         steps = horizon_steps(run.at(budget), cost.train)
         flops = float(steps * run.config.batch_size * cost.train)
-        epochs = steps * run.config.batch_size / images if images else math.nan
+        epochs = f"{steps * run.config.batch_size / images:.2f}" if images else "-"
         points = float(len(run.budgets) * study.evaluation.evaluations(run.config) * cost.forward)
         training, measuring = training + flops, measuring + points
         hours = (flops + points) / peak / 3600
         rows.append([run.name, f"{run.config.lr:.3g}", f"{cost.parameters:,}", f"{cost.forward / 2e9:.4g}G"])
-        rows[-1] += [f"{cost.train / 1e9:.4g}G", f"{budget:.3g}", f"{steps:,}", f"{epochs:.2f}"]
+        rows[-1] += [f"{cost.train / 1e9:.4g}G", f"{budget:.3g}", f"{steps:,}", epochs]
         rows[-1] += [
             f"{sum(cost.memory.values()) / 2**30:.2f} GiB",
             f"{points:.2g}",
@@ -314,7 +314,12 @@ def _speed(options: Plan, study: Study) -> tuple[float, float, str]:
             )
         peak, price = peaks[precision], usual if price is None else price
     runs = study.runs if options.hardware == "here" else []  # utilisation is relative to the peak measured there
-    records = [record for run in runs for record in journal(run) if record["kind"] == "metrics"]
+    records = [
+        record
+        for run in runs
+        for record in journal_of(run.config.out, run.config.storage)
+        if record["kind"] == "metrics"
+    ]
     seen = [record["metrics"]["compute/utilization"] for record in records]
     utilisation = options.utilisation or (statistics.median(seen) if seen else 0.3)
     how = "as given" if options.utilisation else "as measured" if seen else "assumed"
@@ -607,7 +612,7 @@ def status(options: Status) -> None:
         measured = load_points(study)
         rows = [["run", "state", "step", "FLOPs", "of budget", "loss", "images/s", "seen", *measured]]
         for run in study.runs:
-            records = journal(run)
+            records = journal_of(run.config.out, run.config.storage)
             last: dict[str, Any] = next((r for r in reversed(records) if r["kind"] == "metrics"), {})
             told = statuses(records)
             state = (told[-1] or "running").lower() if told else "waiting"
@@ -649,12 +654,6 @@ def load_points(study: Study) -> "dict[str, list[ComputePoint]]":
             for point in (_point(study, run, budget) or {"points": []})["points"]:
                 found.setdefault(point["name"], []).append(ComputePoint(**point))
     return found
-
-
-def journal(run: Run) -> list[dict[str, Any]]:
-    """Read a run's history: the local journal, else the copy under its URL."""
-    config = run.config
-    return read_journal(journal_dir(config.out)) or read_journal(Store(config.out, config.storage))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

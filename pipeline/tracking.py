@@ -56,6 +56,11 @@ def read_journal(run: Path | Store) -> list[dict[str, Any]]:
     return _parse(journal) + _parse(_evaluations(run, journal))
 
 
+def journal_of(out: str, storage: StorageConfig) -> list[dict[str, Any]]:
+    """A run's history by its `--out`: the journal written on this machine, else the copy under the run's URL."""
+    return read_journal(journal_dir(out)) or read_journal(Store(out, storage))
+
+
 def statuses(records: Sequence[dict[str, Any]]) -> list[str | None]:
     """Return the statuses in a journal's records of training. The last one is None if the run is training or died,
     else its final status.

@@ -135,7 +135,7 @@ def test_the_papers_sizes_are_counted_exactly(channels: int, parameters: int, ma
 
 
 def test_a_plan_counts_and_warns(tmp_path: Path, capsys, monkeypatch, digits: str) -> None:
-    monkeypatch.setattr(study, "journal", None)  # a plan for other hardware needs no store of the runs
+    monkeypatch.setattr(study, "journal_of", None)  # a plan for other hardware needs no store of the runs
     path = study_file(tmp_path, {"warmup_steps": 5, "ema_rates": [0.99], "data": {"url": digits}}, budgets=[1e10])
     study.plan(Plan(path, utilisation=0.5, price=2.0))
     said = capsys.readouterr().out
