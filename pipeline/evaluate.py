@@ -17,6 +17,7 @@ from pipeline.blocks import Block, Blocks
 from pipeline.config import LaunchConfig, TrackingConfig, TrainConfig, check_metrics, parse_flags, record
 from pipeline.data import Cache, Reader, ShardIndex, load_index
 from pipeline.metrics import (
+    INCEPTION,
     NEAR,
     Features,
     Reference,
@@ -116,6 +117,12 @@ class EvaluateConfig:
         self.wanted  # noqa: B018  # raises if invalid
         if self.out and not (self.exact or self.chain):
             raise ValueError("--out: needs --exact or --chain")
+        if "is" in self.wanted and self.features not in ("inception", "trained", INCEPTION):
+            raise ValueError(
+                f"--metrics is: needs a classifier, got --features {self.features}; use inception or trained"
+            )
+        if self.wanted & {"precision", "recall"} and self.neighbours >= self.samples:
+            raise ValueError(f"--neighbours: got {self.neighbours}, expected less than --samples = {self.samples}")
         self.plan  # noqa: B018  # raises if invalid
         if (self.against or self.against_step is not None) and self.plan.best:
             raise ValueError(

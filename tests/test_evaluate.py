@@ -74,6 +74,10 @@ def test_what_images_lack_is_said_before_anything_is_measured(
         main(EvaluateConfig(small_run, "nll,fid", **reference, **NO_TRACKING), World())
     with pytest.raises(ValueError, match="--eta"):
         EvaluateConfig(small_run, "nll,fid", eta=0.5)
+    with pytest.raises(ValueError, match="needs a classifier"):
+        EvaluateConfig(small_run, "nll,is", features="clip-vit-b-32")
+    with pytest.raises(ValueError, match="expected less than --samples = 3"):
+        EvaluateConfig(small_run, "recall", samples=3)
 
 
 def test_two_checkpoints_of_a_run_are_compared(small_run: str, capsys: pytest.CaptureFixture[str]) -> None:
