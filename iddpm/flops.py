@@ -6,6 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from iddpm.config import UNetConfig
 from iddpm.unet import UNet
 
+FORWARDS_PER_STEP = 3  # a training step in forward passes: the backward pass costs two
+
 
 def count_parameters(config: UNetConfig, out_channels: int) -> int:
     """Return the number of parameters."""
@@ -28,4 +30,4 @@ def forward_flops(config: UNetConfig, out_channels: int) -> int:
 
 def train_flops(config: UNetConfig, out_channels: int) -> int:
     """Return the FLOPs of one image's training step: the backward pass costs as much as two forward passes."""
-    return 3 * forward_flops(config, out_channels)
+    return FORWARDS_PER_STEP * forward_flops(config, out_channels)

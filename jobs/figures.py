@@ -97,7 +97,7 @@ class Bench:
         """Return the Fréchet distance between generated and training images."""
         if self._quality is None:
             features = trained_features(self.data, self.train, self.world)
-            cache = Cache(model.config.data.cache_dir, int(model.config.data.cache_gb * 1e9))
+            cache = Cache.of(model.config.data)
             self._quality = features, dataset_reference(self.data, self.train, features, self.world, cache)
         features, reference = self._quality
         drawn = draw_batches(model, recipe, 0, self.config.samples, device=self.world.device, chain=chain)

@@ -262,12 +262,8 @@ def plan(options: Plan) -> None:
         hours = (flops + points) / peak / 3600
         rows.append([run.name, f"{run.config.lr:.3g}", f"{cost.parameters:,}", f"{cost.forward / 2e9:.4g}G"])
         rows[-1] += [f"{cost.train / 1e9:.4g}G", f"{budget:.3g}", f"{steps:,}", epochs]
-        rows[-1] += [
-            f"{sum(cost.memory.values()) / 2**30:.2f} GiB",
-            f"{points:.2g}",
-            f"{hours:.3g}",
-            f"{hours * price:.2f}",
-        ]
+        memory = sum(cost.memory.values()) / 2**30
+        rows[-1] += [f"{memory:.2f} GiB", f"{points:.2g}", f"{hours:.3g}", f"{hours * price:.2f}"]
         first = horizon_steps(run.at(run.budgets[0]), cost.train)
         for line in _unequal(run, first, images):
             warned.setdefault(line, []).append(run.name)
@@ -314,13 +310,8 @@ def _speed(options: Plan, study: Study) -> tuple[float, float, str]:
             )
         peak, price = peaks[precision], usual if price is None else price
     runs = study.runs if options.hardware == "here" else []  # utilisation is relative to the peak measured there
-    records = [
-        record
-        for run in runs
-        for record in journal_of(run.config.out, run.config.storage)
-        if record["kind"] == "metrics"
-    ]
-    seen = [record["metrics"]["compute/utilization"] for record in records]
+    journals = (journal_of(run.config.out, run.config.storage) for run in runs)
+    seen = [r["metrics"]["compute/utilization"] for journal in journals for r in journal if r["kind"] == "metrics"]
     utilisation = options.utilisation or (statistics.median(seen) if seen else 0.3)
     how = "as given" if options.utilisation else "as measured" if seen else "assumed"
     return peak * utilisation, price or 0.0, f"{precision} at {utilisation:.1%} of {peak / 1e12:.3g} TFLOP/s ({how})"

@@ -32,7 +32,7 @@ class Blocks:
         self.prefix = f"evaluation/{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}-"
         self.found: list[Block] = []
         """Filled on rank 0 only."""
-        world.on_rank0(self._load)
+        world.only_on_rank0(self._load)
         self.kept = len(self.found)
 
     def extend(
@@ -58,7 +58,7 @@ class Blocks:
                 if first >= count:
                     break
                 if due:
-                    world.on_rank0(self._save)
+                    world.only_on_rank0(self._save)
                     saved = time.monotonic()
                 number = first + world.rank
                 work: Callable[[], Block | None] = partial(measure, number) if number < count else lambda: None
@@ -66,7 +66,7 @@ class Blocks:
                     # Drop surplus blocks, so that the result does not depend on the number of ranks.
                     if block and not enough(self.found):
                         self.found.append(block)
-        world.on_rank0(self._save)
+        world.only_on_rank0(self._save)
 
     def delete(self) -> None:
         """Delete the blocks from the store."""

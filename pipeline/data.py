@@ -38,6 +38,8 @@ from pipeline.storage import StorageError, Store
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.config import DataConfig
+
 log = logging.getLogger(__name__)
 Encoding = Literal["raw", "png"]
 FORMAT = 1
@@ -344,6 +346,11 @@ class Cache:
     def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
         self.directory, self.max_bytes = Path(directory).expanduser(), max_bytes
         self._unwarned = threading.Lock()  # held after the first warning: several threads open shards
+
+    @classmethod
+    def of(cls, config: DataConfig) -> Cache:
+        """Return the cache that a configuration describes."""
+        return cls(config.cache_dir, int(config.cache_gb * 1e9))
 
     def open(self, store: Store, shard: Shard) -> _File:
         """Open a shard from the cache, fetching it first if necessary; in memory if this disk cannot hold it."""

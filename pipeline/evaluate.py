@@ -17,7 +17,7 @@ from pipeline.blocks import Block, Blocks
 from pipeline.config import LaunchConfig, TrackingConfig, TrainConfig, check_metrics, parse_flags, record
 from pipeline.data import Cache, Reader, ShardIndex, load_index
 from pipeline.metrics import (
-    INCEPTION,
+    CLASSIFIERS,
     NEAR,
     Features,
     Reference,
@@ -117,7 +117,7 @@ class EvaluateConfig:
         self.wanted  # noqa: B018  # raises if invalid
         if self.out and not (self.exact or self.chain):
             raise ValueError("--out: needs --exact or --chain")
-        if "is" in self.wanted and self.features not in ("inception", "trained", INCEPTION):
+        if "is" in self.wanted and self.features not in CLASSIFIERS:
             raise ValueError(
                 f"--metrics is: needs a classifier, got --features {self.features}; use inception or trained"
             )
@@ -164,20 +164,18 @@ def main(config: EvaluateConfig, world: World) -> None:
             print(value)
         track(models[0], [value for value in found if not value.name.endswith("_difference")], config)
 
-    world.on_rank0(tell)
+    world.only_on_rank0(tell)
 
 
 def measure(models: Sequence[Trained], config: EvaluateConfig, world: World, keep: bool) -> list[Measured]:
     """Return the values on rank 0, and an empty list on the others. With `keep`, save partial results to the run."""
     run = models[0].config
     data = Store(config.data or run.data.url, config.storage)
-    cache = Cache(run.data.cache_dir, int(run.data.cache_gb * 1e9))
+    cache = Cache.of(run.data)
     tools = None
     if config.wanted - {"nll"}:  # first, so that a missing input is reported before anything is measured
         recipe, index, features = image_tools(config, run, data, world)
         reference = _reference(config, data, index, features, cache, world)
-        if reference.images is None and (near := config.wanted & NEAR):
-            raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only moments")
         tools = recipe, features, reference
     found: list[Measured] = []
     if "nll" in config.wanted:
@@ -205,7 +203,7 @@ def _nll(
             progress=keep,
         )
     if config.out:
-        world.on_rank0(partial(write_out, config.out, _terms_csv(nll), config.storage))
+        world.only_on_rank0(partial(write_out, config.out, _terms_csv(nll), config.storage))
     if world.rank != 0:
         return []
     shared = {"n": nll.total.shape[1], "split": config.split, "data": index.digest[:16], "seed": config.seed}
@@ -265,7 +263,7 @@ def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[M
     the reference. The passport says which. Raises ValueError if there are too few. For a single process.
     """
     data = Store(config.data or run.data.url, config.storage)
-    cache = Cache(run.data.cache_dir, int(run.data.cache_gb * 1e9))
+    cache = Cache.of(run.data)
     wanted = config.wanted - {"nll"}
     if not wanted:
         return []
@@ -291,7 +289,10 @@ def _reference(
     config: EvaluateConfig, data: Store, index: ShardIndex | None, features: Features, cache: Cache, world: World
 ) -> Reference:
     if config.reference:
-        return npz_reference(config.reference, config.storage, features, world)
+        reference = npz_reference(config.reference, config.storage, features, world)
+        if reference.images is None and (near := config.wanted & NEAR):
+            raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only moments")
+        return reference
     assert index, "image_tools has it"
     return dataset_reference(data, index, features, world, cache)
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from iddpm.flops import count_parameters, forward_flops
+from iddpm.flops import FORWARDS_PER_STEP, count_parameters, forward_flops
 from iddpm.unet import UNet
 from pipeline.config import TrainConfig
 
@@ -103,10 +103,11 @@ class Cost:
     @property
     def train(self) -> int:
         """FLOPs of one image's training step, as `train_flops` has them."""
-        return 3 * self.forward
+        return FORWARDS_PER_STEP * self.forward
 
 
 def count(config: TrainConfig) -> Cost:
+    """Count what a run's network costs, without building it on a device."""
     share = min(config.microbatch or config.batch_size, config.batch_size)
     parameters = count_parameters(config.model, config.out_channels)
     forward = forward_flops(config.model, config.out_channels)

@@ -275,7 +275,7 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
             hi=hi,
             window=config.data.window,
             workers=config.data.workers,
-            cache=Cache(config.data.cache_dir, int(config.data.cache_gb * 1e9)),
+            cache=Cache.of(config.data),
         )
 
         with closing(bar), closing(batches):

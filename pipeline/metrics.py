@@ -33,6 +33,7 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 INCEPTION_SHA256 = "6726825d"  # first digits, as in the file's name
+CLASSIFIERS = {"inception", "trained", INCEPTION}  # --features with logits, which the Inception Score needs
 KID_SUBSET = 1000  # images, or all if there are fewer
 CACHE = "evaluation"  # folder next to the shards
 
@@ -122,7 +123,7 @@ def torch_fidelity_features(name: str, weights: Path | None, device: torch.devic
         raise ValueError(f"--features: got {name!r}, expected one of {have}")
     kind = FEATURE_EXTRACTORS_REGISTRY[name]
     layers = [kind.get_default_feature_layer_for_metric("fid")]
-    if name == INCEPTION:
+    if name in CLASSIFIERS:
         layers.append(kind.get_default_feature_layer_for_metric("isc"))
     try:
         extractor = kind(name, layers, feature_extractor_weights_path=weights and str(weights), verbose=False)
@@ -325,7 +326,8 @@ def dataset_reference(data: Store, index: ShardIndex, features: Features, world:
     if found is None:
         own = np.arange(*world.share(index.num_samples))
         found = moments_of(_images(data, index, cache, own), features, world).mean_covariance()
-        world.on_rank0(partial(_keep, data, name, moments_npz(*found)))
+        mean, covariance = found
+        world.only_on_rank0(lambda: _keep(data, name, moments_npz(mean, covariance)))
     return Reference(f"{index.split}-{index.digest[:16]}", found, partial(spread_images, data, index, cache))
 
 

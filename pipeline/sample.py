@@ -398,7 +398,7 @@ def main(config: SampleConfig, world: World) -> None:
             data = grid_png(images.flatten(0, 1) if config.progressive else images, columns)
         write_out(config.out, data, config.storage)
 
-    world.on_rank0(write)
+    world.only_on_rank0(write)
     world.say(
         f"{config.count} images, {recipe.sampler}, {steps} steps, EMA {trained.ema_rate:g}, step {trained.step}:"
         f" {config.out}"

@@ -42,7 +42,7 @@ def run(config: TrainConfig, world: "World") -> int:
     ray = world.launcher == "ray"
     if ray and "/working_dir_files/" in str(Path(config.out).absolute()) and "://" not in config.out:
         world.say(f"warning: --out {config.out} is in Ray's copy of the working directory; give a URL or absolute path")
-    world.on_rank0(partial(provide_digits, config))
+    world.only_on_rank0(partial(provide_digits, config))
     return INTERRUPTED_STATUS if train(config, world, report if ray else None) == "interrupted" else 0
 
 
