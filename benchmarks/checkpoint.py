@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from s3 import seaweedfs, weed
 
 from benchmarks.table import Row, show
-from pipeline.checkpoint import Checkpoints, Parts, Writer
-from pipeline.storage import StorageConfig, Store
+from pipeline.run.checkpoint import Checkpoints, Parts, Writer
+from pipeline.storage.backends import StorageConfig
+from pipeline.storage.store import Store
 
 COPY = "plain copy"
 

@@ -25,11 +25,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from s3 import seaweedfs, weed
 
-import pipeline.data as data
 from benchmarks.table import Row, show
-from pipeline.data import Cache, Encoding, ShardIndex, load_index, stream
-from pipeline.prepare import Output, Split, write_split
-from pipeline.storage import StorageConfig, Store
+from pipeline.data.cache import Cache
+from pipeline.data.shards import Encoding, ShardIndex, load_index
+from pipeline.data.sources import Split
+from pipeline.data.stream import stream
+from pipeline.data.writing import write_split
+from pipeline.prepare import Output
+from pipeline.storage.backends import StorageConfig
+from pipeline.storage.store import Store
 
 BATCH = 128
 SHARD = 2048
@@ -52,7 +56,7 @@ def dataset(store: Store, encoding: Encoding, images: int) -> ShardIndex:
 
 def ours(store: Store, index: ShardIndex, cache: Cache | None, workers: int, passes: int) -> list[float]:
     """Return the seconds of each pass over the dataset."""
-    data._verified.clear()
+    cache._verified.clear()
     batches = index.num_samples // BATCH
     seconds, iterator = [], stream(
         store, index, seed=0, position=0, batch_size=BATCH, window=4, workers=workers, ahead=8, cache=cache

@@ -17,11 +17,13 @@ from benchmarks.table import Row, show
 from iddpm.diffusion import Diffusion
 from iddpm.likelihood import exact_bpd, pilot_distribution, pilot_sizes, sampled_bpd
 from iddpm.noise import normal, stream_key, uniform
-from pipeline.data import load_index, samples
-from pipeline.passport import NORMAL_95
-from pipeline.sample import load_trained
-from pipeline.storage import StorageConfig, Store
-from pipeline.world import World
+from pipeline.data.shards import load_index
+from pipeline.data.stream import samples
+from pipeline.distributed.world import World
+from pipeline.evaluation.measured import NORMAL_95
+from pipeline.model import load_trained
+from pipeline.storage.backends import StorageConfig
+from pipeline.storage.store import Store
 
 SE = 0.01  # bits/dim
 

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from ranks import Ranks
 
 from pipeline.config import LaunchConfig, TrainConfig
-from pipeline.data import Batch
-from pipeline.loop import TrainState, train_step
-from pipeline.world import World, run_main
+from pipeline.data.stream import Batch
+from pipeline.distributed.launch import run_main
+from pipeline.distributed.world import World
+from pipeline.step import TrainState, train_step
 
 
 class Steps:

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.ranks import Steps, on_ranks
 from benchmarks.table import Row, in_turns, show
 from pipeline.config import TrainConfig
+from pipeline.distributed.world import World
 from pipeline.presets import DIGITS
-from pipeline.world import World
 
 TIMESTEPS = 20
 """Few, so that the history fills within some steps and the sampler is measured after its warm-up."""

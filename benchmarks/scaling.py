@@ -15,10 +15,10 @@ import tyro
 from benchmarks.ranks import Steps, on_ranks
 from benchmarks.table import Row, here, in_turns, show
 from iddpm.flops import count_parameters, train_flops
-from jobs.study import HARDWARE
+from jobs.study.plan import HARDWARE
 from pipeline.config import TrainConfig
+from pipeline.distributed.world import World
 from pipeline.presets import DIGITS, study_width
-from pipeline.world import World
 
 RANKS = (1, 8, 16, 64, 256, 1024)
 BUCKET = 25 * 2**20

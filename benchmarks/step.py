@@ -24,10 +24,10 @@ from iddpm.flops import count_parameters, train_flops
 from iddpm.sampling import ancestral, final
 from iddpm.schedule import respace
 from pipeline.config import LaunchConfig, TrainConfig
+from pipeline.distributed.world import World
 from pipeline.hardware import DTYPES, peak_flops
-from pipeline.loop import TrainState
-from pipeline.sample import autocast
-from pipeline.world import World
+from pipeline.model import autocast
+from pipeline.step import TrainState
 
 BATCH = 8
 MODEL = UNetConfig(image_size=64, channels=32, num_res_blocks=3)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.table import Row, show
 from pipeline.prepare import prepare_digits
-from pipeline.tracking import read_journal
+from pipeline.run.journal import read_journal
 
 SMALL = "--model.channel-mult 1 --model.num-res-blocks 1 --batch-size 32 --sample-steps 1 --sample-count 1"
 ENDLESS = "--horizon 1e6steps --log-every 1 --sample-every 0 --checkpoint-every 1000000 --tracking.flush-s 120"

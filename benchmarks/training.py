@@ -13,9 +13,9 @@ from pathlib import Path
 
 from benchmarks.ranks import Steps, on_ranks
 from benchmarks.table import Row, show
-from pipeline.config import parse_train
+from pipeline.cli import parse_train
+from pipeline.distributed.world import World
 from pipeline.prepare import prepare_digits
-from pipeline.world import World
 
 STEPS = 300
 SMALL = ["--model.channel-mult", "1", "--model.num-res-blocks", "1", "--batch-size", "8"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from iddpm.config import DiffusionConfig
-from iddpm.likelihood import mean_flat, vlb_bits
+from iddpm.gaussian import mean_flat, vlb_bits
 from iddpm.schedule import make_betas
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from iddpm.diffusion import Diffusion, Model
+from iddpm.gaussian import discretized_gaussian_log_likelihood, mean_flat, normal_kl, vlb_bits
 
 
 class VlbTerm(NamedTuple):
@@ -26,50 +27,12 @@ class Bpd(NamedTuple):
     mse: Tensor  # [N, T]: error of the predicted eps
 
 
-def mean_flat(x: Tensor) -> Tensor:
-    """Average over all dimensions but the batch: [N, ...] -> [N]."""
-    return x.flatten(1).mean(1)
-
-
-def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """Elementwise KL(N(mean1, variance1) || N(mean2, variance2)) in nats."""
-    gap = log_variance2 - log_variance1
-    return 0.5 * (gap - 1 + (-gap).exp() + (mean1 - mean2).square() * (-log_variance2).exp())
-
-
-def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Elementwise log-likelihood in nats of 8-bit pixels x in [-1, 1] under a Gaussian (DDPM equation 13).
-
-    The density is integrated over each pixel's bin, 2/255 wide; the two outermost bins extend to infinity.
-    `log_scale` is the log of the standard deviation.
-    """
-    inverse_scale = (-log_scale).exp()
-    upper = _normal_cdf(inverse_scale * (x - mean + 1 / 255))
-    lower = _normal_cdf(inverse_scale * (x - mean - 1 / 255))
-    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
-    return mass.clamp(min=1e-12).log()
-
-
 def prior_bpd(diffusion: "Diffusion", x_start: Tensor) -> Tensor:
     """L_T [N], the KL divergence of q(x_T | x_0) from the standard normal (IDDPM equation 7); close to 0."""
     last = torch.full((len(x_start),), diffusion.num_timesteps - 1, device=x_start.device)
     mean, _, log_variance = diffusion.q_mean_variance(x_start, last)
     zero = torch.zeros_like(mean)
     return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
-
-
-def vlb_bits(
-    x_start: Tensor,
-    t: Tensor,
-    true_mean: Tensor,
-    true_log_variance: Tensor,
-    mean: Tensor,
-    log_variance: Tensor,
-) -> Tensor:
-    """Bound terms [N] in bits/dim: L_{t-1}, the KL from posterior to model, or the decoder's L_0 where t is 0."""
-    kl = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
-    decoder_nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance))
-    return torch.where(t == 0, decoder_nll, kl) / math.log(2)
 
 
 def vlb_term(
@@ -120,9 +83,6 @@ def exact_bpd(
     vb, xstart_mse, mse = torch.cat(columns, dim=1).transpose(1, 2)
     prior = prior_bpd(diffusion, x_start)
     return Bpd(prior + vb.sum(1), prior, vb, xstart_mse, mse)
-
-
-# ----------------------------------------------------------------------------------- sampled estimate
 
 
 class SampledBpd(NamedTuple):
@@ -221,9 +181,6 @@ def sampled_bpd(
     return SampledBpd(prior + decoder + (terms[:, 1:] * weights).sum(1), prior, decoder)
 
 
-# ------------------------------------------------------------------------------ optimal shorter chain
-
-
 class JumpCosts(NamedTuple):
     """Mean bits/dim, over some images, of every step that a shorter chain can take; float64 [T, T], inf below.
 
@@ -289,8 +246,3 @@ def best_path(costs: JumpCosts, steps: int) -> list[int]:
     for previous in reversed(before):
         path.append(int(previous[path[-1]]))
     return path[::-1]
-
-
-def _normal_cdf(x: Tensor) -> Tensor:
-    # The tanh approximation, because published likelihoods use it.
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.storage import StorageConfig
-from pipeline.tracking import journal_of, run_name
+from pipeline.run.journal import journal_of, run_name
+from pipeline.storage.backends import StorageConfig
 
 PANELS = {
     "train/loss": "loss",

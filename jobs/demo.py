@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.storage import mask
+from pipeline.masking import mask
 
 RUN = "runs/demo"
 STEPS = (500, 1000, 3000)

@@ -24,15 +24,21 @@ from iddpm.noise import normal, stream_key, uniform
 from iddpm.sampling import ddim, final, slerp
 from iddpm.schedule import respace
 from iddpm.timesteps import LossSecondMomentSampler, TimestepSampler, UniformSampler
-from pipeline.checkpoint import Checkpoints
-from pipeline.config import parse_flags
-from pipeline.data import Cache, Reader, ShardIndex, load_index
-from pipeline.metrics import Features, Reference, dataset_reference, frechet_distance, moments_of, trained_features
-from pipeline.nll import NllPlan, measure_nll
-from pipeline.passport import NORMAL_95
-from pipeline.sample import Recipe, Trained, autocast, draw_batches, load_trained, to_uint8
-from pipeline.storage import StorageConfig, Store
-from pipeline.world import World, pick_device
+from pipeline.cli import parse_flags
+from pipeline.data.cache import Cache
+from pipeline.data.shards import ShardIndex, load_index
+from pipeline.data.stream import Reader
+from pipeline.distributed.world import World, pick_device
+from pipeline.drawing import Recipe, draw_batches
+from pipeline.evaluation.features import Features, trained_features
+from pipeline.evaluation.image_quality import Reference, dataset_reference, frechet_distance, moments_of
+from pipeline.evaluation.measured import NORMAL_95
+from pipeline.evaluation.nll import NllPlan, measure_nll
+from pipeline.images import to_uint8
+from pipeline.model import Trained, autocast, load_trained
+from pipeline.run.checkpoint import Checkpoints
+from pipeline.storage.backends import StorageConfig
+from pipeline.storage.store import Store
 
 Rows = list[dict[str, Any]]
 

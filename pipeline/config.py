@@ -4,33 +4,15 @@ This module imports neither torch nor any client library, so `--help` answers at
 Precedence: preset < YAML file (`--config`) < flags.
 """
 
-import argparse
 import dataclasses
 import math
-import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
-import yaml
 
 from iddpm.config import DiffusionConfig, UNetConfig
-from pipeline.storage import StorageConfig
-
-T = TypeVar("T")
-
-INTERRUPTED_FILE = "interrupted.json"
-"""Written to a run's folder after a signal stopped it; tells whoever started the run whether to start it again."""
-INTERRUPTED_STATUS = 75
-"""Exit status after a signal and a checkpoint: the same command resumes (BSD's EX_TEMPFAIL)."""
-
-
-def slurm_attempt() -> str:
-    """Identify the current start of the Slurm job, if any; an earlier start's mark says nothing about this one."""
-    return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+from pipeline.storage.backends import StorageConfig
 
 
 @dataclass(frozen=True)
@@ -213,75 +195,6 @@ def check_metrics(text: str, flag: str) -> set[str]:
     return names
 
 
-# ------------------------------------------------------------------------------------ command line
-
-
-def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
-    """Parse the command line; return its TrainConfig and whether `--dry-run` was given.
-
-    On an invalid flag or value, prints a message and exits with status 2, as argument parsers do.
-    """
-    from pipeline.presets import PRESETS
-
-    parser = argparse.ArgumentParser(_program(), "%(prog)s [--help] [flags]", add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset", choices=PRESETS, default="digits")
-    parser.add_argument("--config")
-    parser.add_argument("--dry-run", action="store_true")
-    own, rest = parser.parse_known_args(argv)
-    try:
-        flags = [*(file_flags(own.config) if own.config else []), *rest]
-    except ValueError as error:
-        fail_usage(error)
-    description = _description(own.preset, list(PRESETS))
-    return parse_flags(TrainConfig, flags, description, PRESETS[own.preset]), own.dry_run
-
-
-def parse_flags(kind: type[T], argv: Sequence[str], description: str, default: T | None = None) -> T:
-    """Parse `argv` into the dataclass `kind`; on an invalid flag or value, print a message and exit with status 2."""
-    defaults: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=list(argv), description=description, prog=_program(), **defaults)
-
-
-def _program() -> str | None:
-    """Return the command that started the program, for its messages."""
-    spec = sys.modules["__main__"].__spec__
-    return f"python -m {spec.name}" if spec else None
-
-
-def fail_usage(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def _description(preset: str, presets: list[str]) -> str:
-    return (
-        "Train an Improved DDPM, on one machine or under torchrun, mpirun, srun or Ray.\n\n"
-        f"--preset NAME chooses the defaults: {', '.join(presets)} (shown below: {preset}). "
-        "--config FILE.yaml overrides them, and flags override both. "
-        "--dry-run prints the resolved configuration, its parameters, FLOPs and memory, and starts nothing. "
-        "Running the same command again resumes the run. "
-        "Exit status: 0 finished, 75 interrupted by a signal and checkpointed (run again), 1 failed, 2 bad usage."
-    )
-
-
-def file_flags(path: str) -> list[str]:
-    """Convert a YAML file to flags, so that one parser validates both."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping of fields to values, got {type(content).__name__}")
-    return [word for name, value in flatten(content).items() for word in _as_flag(name.removeprefix("launch."), value)]
-
-
-def _as_flag(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        head, _, last = name.rpartition(".")
-        return [f"--{head + '.' if head else ''}{'' if value else 'no-'}{_flag(last)}"]
-    return [f"--{_flag(name)}", *(str(v) for v in (value if isinstance(value, list | tuple) else [value]))]
-
-
 def _flag(name: str) -> str:
     return name.replace("_", "-")
 
@@ -294,10 +207,10 @@ def _positive(config: object, prefix: str, *names: str) -> None:
             raise ValueError(f"--{flag}: got {value}, expected a positive number")
 
 
-# ----------------------------------------------------------------------------------- recorded runs
-
 # How and where a run executes is not part of its identity: these may change when it resumes, and may hold secrets.
 _UNRECORDED = ("storage", "launch", "tracking")
+
+
 _MAY_CHANGE = {
     *("out", "horizon", "microbatch", "checkpoint_activations", "log_every", "checkpoint_every", "keep_last"),
     *("keep_every", "sample_every", "sample_count", "sample_steps", "eval_every", "eval_metrics", "eval_images"),

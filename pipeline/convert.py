@@ -9,10 +9,11 @@ import uuid
 import torch
 
 from iddpm.openai import load_published
-from pipeline.checkpoint import Checkpoints, Parts
-from pipeline.config import TrainConfig, fail_usage, parse_train, record
-from pipeline.sample import ema_part
-from pipeline.storage import Store
+from pipeline.cli import fail_usage, parse_train
+from pipeline.config import TrainConfig, record
+from pipeline.model import ema_part
+from pipeline.run.checkpoint import Checkpoints, Parts
+from pipeline.storage.store import Store
 
 USAGE = """usage: python -m pipeline.convert openai FILE.pt --preset NAME --out RUN [flags of pipeline.train]
 

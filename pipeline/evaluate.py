@@ -13,28 +13,37 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.blocks import Block, Blocks
-from pipeline.config import LaunchConfig, TrackingConfig, TrainConfig, check_metrics, parse_flags, record
-from pipeline.data import Cache, Reader, ShardIndex, load_index
-from pipeline.metrics import (
+from pipeline.cli import parse_flags
+from pipeline.config import LaunchConfig, TrackingConfig, TrainConfig, check_metrics, record
+from pipeline.data.cache import Cache
+from pipeline.data.shards import ShardIndex, load_index
+from pipeline.data.stream import Reader
+from pipeline.distributed.world import World
+from pipeline.drawing import Recipe, draw_batches
+from pipeline.evaluation.features import (
     CLASSIFIERS,
-    NEAR,
     Features,
-    Reference,
-    dataset_reference,
-    image_metrics,
     inception_features,
-    npz_reference,
-    spread_images,
     torch_fidelity_features,
     trained_features,
 )
-from pipeline.nll import Nll, NllPlan, measure_nll
-from pipeline.passport import Measured
-from pipeline.sample import Recipe, Trained, draw_batches, image_shape, load_trained, write_out
-from pipeline.storage import StorageConfig, Store
-from pipeline.tracking import Tracker, fetch_journal, journal_dir, put_evaluation, read_journal, run_name, statuses
-from pipeline.world import World
+from pipeline.evaluation.image_quality import (
+    NEAR,
+    Reference,
+    dataset_reference,
+    image_metrics,
+    npz_reference,
+    spread_images,
+)
+from pipeline.evaluation.measured import Measured
+from pipeline.evaluation.nll import Nll, NllPlan, measure_nll
+from pipeline.evaluation.resumable import Block, Blocks
+from pipeline.model import Trained, image_shape, load_trained
+from pipeline.run.journal import fetch_journal, journal_dir, put_evaluation, read_journal, run_name, statuses
+from pipeline.run.tracker import Tracker
+from pipeline.sample import write_out
+from pipeline.storage.backends import StorageConfig
+from pipeline.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -394,7 +403,7 @@ def _terms_csv(nll: Nll) -> bytes:
 
 
 if __name__ == "__main__":
-    from pipeline.world import run_main
+    from pipeline.distributed.launch import run_main
 
     config = parse_flags(EvaluateConfig, sys.argv[1:], EvaluateConfig.__doc__ or "")
     run_main(lambda world: main(config, world), config.launch)

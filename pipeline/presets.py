@@ -29,6 +29,7 @@ DIGITS = TrainConfig(
     data=DataConfig(url="data/digits"),
 )
 
+
 # IDDPM, Table 1: unconditional ImageNet 64x64, L_hybrid, cosine, T = 4000, 121M parameters.
 IMAGENET64 = TrainConfig(
     out="runs/imagenet64",
@@ -44,6 +45,7 @@ IMAGENET64 = TrainConfig(
     data=DataConfig(url="data/imagenet64"),
 )
 
+
 # IDDPM, Table 4: class-conditional ImageNet 64x64, 273M parameters.
 IMAGENET64_COND = replace(
     IMAGENET64,
@@ -54,6 +56,7 @@ IMAGENET64_COND = replace(
     model=replace(IMAGENET64.model, channels=192, num_classes=1000),
     diffusion=replace(IMAGENET64.diffusion, rescale_timesteps=False),
 )
+
 
 # IDDPM, Table 2: CIFAR-10 with the cosine schedule (dropout 0.3; the linear schedule used 0.1).
 CIFAR10 = replace(

@@ -1,25 +1,17 @@
 """`python -m pipeline.train`: the command line of `pipeline.loop`, under any launcher."""
 
-import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import (
-    INTERRUPTED_FILE,
-    INTERRUPTED_STATUS,
-    TrainConfig,
-    horizon_steps,
-    parse_train,
-    record,
-    slurm_attempt,
-)
-from pipeline.storage import Store
+from pipeline.cli import parse_train
+from pipeline.config import TrainConfig, horizon_steps, record
+from pipeline.run.interrupted import INTERRUPTED_STATUS
 
 if TYPE_CHECKING:
-    from pipeline.world import World
+    from pipeline.distributed.world import World
+from pipeline.prepare import provide_digits
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +20,7 @@ def main(argv: list[str]) -> None:
     if dry_run:
         print(describe(config))
         return
-    from pipeline.world import run_main
+    from pipeline.distributed.launch import run_main
 
     run_main(partial(run, config), config.launch)
 
@@ -36,7 +28,7 @@ def main(argv: list[str]) -> None:
 def run(config: TrainConfig, world: "World") -> int:
     """Train on one rank; return its exit status."""
     world.catch_signals()
-    from pipeline.launch import report
+    from pipeline.distributed.ray import report
     from pipeline.loop import train
 
     ray = world.launcher == "ray"
@@ -44,23 +36,6 @@ def run(config: TrainConfig, world: "World") -> int:
         world.say(f"warning: --out {config.out} is in Ray's copy of the working directory; give a URL or absolute path")
     world.only_on_rank0(partial(provide_digits, config))
     return INTERRUPTED_STATUS if train(config, world, report if ray else None) == "interrupted" else 0
-
-
-def was_interrupted(config: TrainConfig) -> bool:
-    """Whether a signal stopped the run's last attempt, by its own record: a launcher may hide its exit status."""
-    try:
-        mark = json.loads(Store(config.out, config.storage).read(INTERRUPTED_FILE))
-    except FileNotFoundError:
-        return False
-    return "SLURM_JOB_ID" not in os.environ or bool(mark.get("attempt") == slurm_attempt())
-
-
-def provide_digits(config: TrainConfig) -> None:
-    """Prepare the digits, which come with scikit-learn, if a run needs them and they are missing."""
-    if config.data.url == "data/digits" and not Path(config.data.url, "val.index.json").exists():  # written last
-        from pipeline.prepare import prepare_digits
-
-        prepare_digits(config.data.url)
 
 
 def describe(config: TrainConfig) -> str:

@@ -48,8 +48,8 @@ run() {
 was_interrupted() {
   python -c '
 import sys
-from pipeline.config import parse_train
-from pipeline.train import was_interrupted
+from pipeline.cli import parse_train
+from pipeline.run.interrupted import was_interrupted
 sys.exit(not was_interrupted(parse_train(sys.argv[1:])[0]))
 ' "$@"
 }

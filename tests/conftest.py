@@ -16,7 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from pipeline.config import TrainConfig, parse_train
+from pipeline.cli import parse_train
+from pipeline.config import TrainConfig
 from pipeline.prepare import prepare_digits
 
 ROOT = Path(__file__).parent.parent
@@ -126,8 +127,8 @@ def run_module(
 @pytest.fixture(scope="session")
 def small_run(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Train a tiny run for a few steps: T = 20, class-conditional, in float64, with two checkpoints."""
+    from pipeline.distributed.world import World
     from pipeline.loop import train
-    from pipeline.world import World
 
     out = tmp_path_factory.mktemp("small") / "run"
     flags = ("--precision", "fp64", "--model.num-classes", "10", "--ema-rates", "0.9", "0.5", "--lr", "1e-3")

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import Checkpoints
 from pipeline.config import LaunchConfig, TrainConfig
-from pipeline.storage import Store
+from pipeline.distributed.launch import run_main
+from pipeline.run.checkpoint import Checkpoints
+from pipeline.storage.store import Store
 from pipeline.train import run
-from pipeline.world import run_main
 
 # Every context of this kind has the one server, so this list is for all tests. Optimizers import torch._dynamo.
 FORKS = multiprocessing.get_context("forkserver")

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import StorageConfig, Store
+from pipeline.storage.backends import StorageConfig
+from pipeline.storage.store import Store
 
 KEY, SECRET = "test-key", "test-secret-0123456789"
 FAULTS = ("500", "503", "reset", "lost", "stall", "truncate", "short", "flip")

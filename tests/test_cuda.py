@@ -9,11 +9,12 @@ from conftest import TINY, run_module, run_train
 from iddpm.fused import fused_norm_act
 from iddpm.noise import normal, stream_key, uniform
 from iddpm.unet import norm_act
-from pipeline.config import TrainConfig, parse_train
-from pipeline.data import Batch
-from pipeline.loop import TrainState, train_step
-from pipeline.tracking import read_journal
-from pipeline.world import World
+from pipeline.cli import parse_train
+from pipeline.config import TrainConfig
+from pipeline.data.stream import Batch
+from pipeline.distributed.world import World
+from pipeline.run.journal import read_journal
+from pipeline.step import TrainState, train_step
 
 pytestmark = pytest.mark.cuda
 

@@ -1,0 +1,1 @@
+"""Scaling studies: many sizes, each trained to several budgets, measured and fitted."""

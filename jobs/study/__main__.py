@@ -1,0 +1,65 @@
+"""A scaling study: many sizes, each trained to several budgets, measured, and fitted.
+
+python -m jobs.study plan|run|status|fit|report STUDY.yaml
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from jobs.study.file import OfStudy, load_study
+from jobs.study.plan import Plan, plan
+from jobs.study.run import Execute, execute
+from jobs.study.status import Status, status
+from pipeline.cli import parse_flags
+
+
+@dataclass(frozen=True)
+class Fit(OfStudy):
+    """Fit the scaling laws to the measured points and print them with intervals."""
+
+
+@dataclass(frozen=True)
+class Report(OfStudy):
+    """Fit and plot everything, write one HTML file and PNGs, and log them to the study's MLflow run."""
+
+    out: str = ""
+    """Folder to write to; default: report/ in the study's folder, or runs/NAME/report for a remote study."""
+
+
+Command = (
+    Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Execute, tyro.conf.subcommand("run")]
+    | Annotated[Status, tyro.conf.subcommand("status")]
+    | Annotated[Fit, tyro.conf.subcommand("fit")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        options: Any = parse_flags(Command, argv, __doc__ or "")  # type: ignore[arg-type]
+        match options:
+            case Plan():
+                plan(options)
+            case Execute():
+                return execute(options)
+            case Status():
+                status(options)
+            case Fit() | Report():
+                from jobs.study.report import report
+
+                report(load_study(options.study), getattr(options, "out", None))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

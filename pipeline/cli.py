@@ -1,0 +1,80 @@
+"""Command lines and YAML files -> configurations. Precedence: preset < YAML file (`--config`) < flags."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+import yaml
+
+from pipeline.config import TrainConfig, _flag, flatten
+
+T = TypeVar("T")
+
+
+def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
+    """Parse the command line; return its TrainConfig and whether `--dry-run` was given.
+
+    On an invalid flag or value, prints a message and exits with status 2, as argument parsers do.
+    """
+    from pipeline.presets import PRESETS
+
+    parser = argparse.ArgumentParser(_program(), "%(prog)s [--help] [flags]", add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, default="digits")
+    parser.add_argument("--config")
+    parser.add_argument("--dry-run", action="store_true")
+    own, rest = parser.parse_known_args(argv)
+    try:
+        flags = [*(file_flags(own.config) if own.config else []), *rest]
+    except ValueError as error:
+        fail_usage(error)
+    description = _description(own.preset, list(PRESETS))
+    return parse_flags(TrainConfig, flags, description, PRESETS[own.preset]), own.dry_run
+
+
+def parse_flags(kind: type[T], argv: Sequence[str], description: str, default: T | None = None) -> T:
+    """Parse `argv` into the dataclass `kind`; on an invalid flag or value, print a message and exit with status 2."""
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=list(argv), description=description, prog=_program(), **defaults)
+
+
+def _program() -> str | None:
+    """Return the command that started the program, for its messages."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name}" if spec else None
+
+
+def fail_usage(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _description(preset: str, presets: list[str]) -> str:
+    return (
+        "Train an Improved DDPM, on one machine or under torchrun, mpirun, srun or Ray.\n\n"
+        f"--preset NAME chooses the defaults: {', '.join(presets)} (shown below: {preset}). "
+        "--config FILE.yaml overrides them, and flags override both. "
+        "--dry-run prints the resolved configuration, its parameters, FLOPs and memory, and starts nothing. "
+        "Running the same command again resumes the run. "
+        "Exit status: 0 finished, 75 interrupted by a signal and checkpointed (run again), 1 failed, 2 bad usage."
+    )
+
+
+def file_flags(path: str) -> list[str]:
+    """Convert a YAML file to flags, so that one parser validates both."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping of fields to values, got {type(content).__name__}")
+    return [word for name, value in flatten(content).items() for word in _as_flag(name.removeprefix("launch."), value)]
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        head, _, last = name.rpartition(".")
+        return [f"--{head + '.' if head else ''}{'' if value else 'no-'}{_flag(last)}"]
+    return [f"--{_flag(name)}", *(str(v) for v in (value if isinstance(value, list | tuple) else [value]))]

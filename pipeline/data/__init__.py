@@ -1,0 +1,1 @@
+"""Datasets: shards, their index, the cache and the stream of batches."""

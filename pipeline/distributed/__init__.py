@@ -1,0 +1,1 @@
+"""Processes that work together: launchers, collectives, failures."""

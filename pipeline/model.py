@@ -1,0 +1,114 @@
+"""Build a run's network, and load it from a checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from iddpm.diffusion import Model
+from iddpm.noise import stream_key
+from iddpm.unet import UNet
+from pipeline.config import TrainConfig, from_record
+from pipeline.distributed.world import World
+from pipeline.run.checkpoint import Checkpoints
+from pipeline.storage.backends import StorageConfig
+from pipeline.storage.store import Store
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint's model, with the weights of one moving average."""
+
+    config: TrainConfig
+    step: int
+    meta: dict[str, Any]
+    ema_rate: float
+    model: Model
+    digest: str = ""
+    """sha256 of the weights' file."""
+
+    @property
+    def identity(self) -> list[object]:
+        """Everything that its measurements depend on."""
+        return [self.meta.get("uid"), self.step, self.ema_rate, self.digest]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return image_shape(self.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the model's input images."""
+        return torch.float64 if self.config.precision == "fp64" else torch.float32
+
+
+def image_shape(config: TrainConfig) -> tuple[int, int, int]:
+    """Return the shape (C, H, W) of a run's images."""
+    return config.model.in_channels, config.model.image_size, config.model.image_size
+
+
+def load_trained(
+    url: str,
+    storage: StorageConfig,
+    world: World,
+    ema_rate: float | None = None,
+    step: int | None = None,
+    *,
+    fuse: bool = False,
+) -> Trained:
+    """Load the newest intact checkpoint (or the one at `step`) of the run at `url`.
+
+    `ema_rate` chooses the moving average (default: the run's first; 0: the weights themselves); `fuse` compiles as
+    --compile does. Raises ValueError if the run has no checkpoint or no such average.
+    """
+    checkpoints = Checkpoints(Store(url, storage))
+    records = [r for r in checkpoints.records() if r.kind == "checkpoint"]
+    if not records:
+        raise ValueError(f"{url}: got no checkpoint, expected the --out of a training run")
+    rates = from_record(records[-1].meta["config"]).ema_rates
+    rate = rates[0] if ema_rate is None else ema_rate
+    if rate not in (0, *rates):
+        raise ValueError(f"--ema-rate: got {rate}, expected {', '.join(map(str, rates))}, or 0 for the weights")
+    part = ema_part(rate) if rate else "model"
+    found = world.only_on_rank0(lambda: checkpoints.newest(parts=(part,), step=step))
+    # Rank 0 chooses for all ranks: another checkpoint may be committed meanwhile.
+    chosen = world.broadcast_object(found[0].step if found else None)
+    found = found or checkpoints.newest(parts=(part,), step=chosen)
+    assert found, "there are records"
+    record, parts = found
+    config = from_record(record.meta["config"])
+    model = build_model(config)
+    model.load_state_dict(parts[part])
+    if fuse:
+        model.fuse()
+    digest = record.parts[part]["sha256"]
+    return Trained(config, record.step, record.meta, rate, model.to(world.device).eval(), digest)
+
+
+def build_model(config: TrainConfig) -> UNet:
+    """Build a configuration's network on the CPU, with initial weights from its seed."""
+    torch.manual_seed(stream_key(config.seed, "weights"))
+    model = UNet(config.model, config.out_channels)
+    model.to(memory_format=torch.channels_last)  # fastest for convolutions; activations follow the weights
+    return model.double() if config.precision == "fp64" else model
+
+
+def ema_part(rate: float) -> str:
+    """Return the name of a moving average's part in a checkpoint."""
+    return f"ema-{rate:g}"
+
+
+@contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Use bf16 arithmetic within the context, if that is the run's precision."""
+    with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        yield
+
+
+def with_weights(model: nn.Module, weights: dict[str, Tensor]) -> Model:
+    """Return the model with other weights, without copying them."""
+    return lambda x, t, y=None: functional_call(model, weights, (x, t, y))

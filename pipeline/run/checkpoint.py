@@ -1,0 +1,331 @@
+"""Checkpoints: written in the background, committed atomically, verified when read.
+
+Under a run's URL:
+
+    checkpoints/log/{number}.json                               an append-only log of records
+    checkpoints/data/{number}-step-{step}-{part}.safetensors    the tensors, one file per part
+
+A record is written last, by a conditional put of the next number. There are two kinds: a *checkpoint* names its parts
+with their sizes and hashes; a *claim* says that a new attempt has taken over the run. An attempt that was presumed dead
+therefore cannot commit: the next number is already taken by its successor's claim, which is why claims are never
+deleted. Only the writer of record n - 1 ever writes data of number n, so no attempt, however late it wakes up,
+overwrites or deletes data that another one has written and needs.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import queue
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+
+from pipeline.storage.errors import DamagedError
+from pipeline.storage.store import Store
+
+Parts = dict[str, dict[str, torch.Tensor]]
+
+
+THREADS = 4  # concurrent requests for parts or records
+
+
+class StaleAttempt(RuntimeError):
+    """A newer attempt has taken over this run: this one must stop and has committed nothing since."""
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint's data is missing or does not match its record."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry of the log."""
+
+    number: int
+    kind: str  # "claim" or "checkpoint"
+    attempt: str  # a random token, so that two attempts never write equal records
+    step: int = 0
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"file", "bytes", "sha256"}
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"log/{self.number:08d}.json"
+
+    def encode(self) -> bytes:
+        content = dataclasses.asdict(self)
+        del content["number"]  # it is in the name
+        return json.dumps(content, indent=1).encode()
+
+
+def _number(name: str) -> int:
+    """Return the number of a record or data file."""
+    return int(name.partition("/")[2][:8])
+
+
+class Checkpoints:
+    """The checkpoints of one run, under its URL."""
+
+    def __init__(self, run: Store) -> None:
+        self.store = run.child("checkpoints")
+
+    # --------------------------------------------------------------------------------- reading
+
+    def records(self) -> list[Record]:
+        """Return the log's readable records, oldest first, with a warning for each unreadable one.
+
+        Raises DamagedCheckpoint if the run may have checkpoints but none of their records can be read.
+        """
+        problems = []
+
+        def read(name: str) -> Record | None:
+            try:
+                return Record(_number(name), **json.loads(self.store.read(name)))
+            except FileNotFoundError:  # deleted by retention meanwhile
+                return None
+            except (ValueError, TypeError) as error:
+                problems.append(f"{self.store}/{name} is not a checkpoint record ({error})")
+                return None
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = [record for record in pool.map(read, self._names("log/")) if record]
+        if problems and not any(record.kind == "checkpoint" for record in found) and self._names("data/"):
+            raise DamagedCheckpoint(f"{'; '.join(problems)}. Start over with another --out")
+        for problem in problems:
+            print(f"warning: {problem}; skipping it", flush=True)
+        return found
+
+    def newest(self, parts: tuple[str, ...] | None = None, step: int | None = None) -> tuple[Record, Parts] | None:
+        """Load the newest intact checkpoint (or the one at `step`) and its parts; None if the run has no checkpoint.
+
+        `parts` names the parts to read (default: all). If a checkpoint is damaged, falls back to the one before it.
+        Raises DamagedCheckpoint if all of them are damaged, ValueError if there is no checkpoint of `step`.
+        """
+        committed = [record for record in self.records() if record.kind == "checkpoint"]
+        candidates = [record for record in committed if step in (None, record.step)]
+        if step is not None and not candidates:
+            have = sorted({record.step for record in committed})
+            raise ValueError(f"{self.store}: no checkpoint of step {step}; available steps: {have}")
+        problems = []
+        for record in reversed(candidates):
+            try:
+                with ThreadPoolExecutor(THREADS) as pool:
+                    names = parts or tuple(record.parts)
+                    loaded = pool.map(self._read_part, [record] * len(names), names)
+                    return record, dict(zip(names, loaded, strict=True))
+            except DamagedCheckpoint as error:
+                if not self.store.exists(record.name):  # training has continued, and retention has deleted it
+                    return self.newest(parts, step)
+                problems.append(str(error))
+                print(f"warning: {error}; trying the checkpoint before it", flush=True)
+        if problems:
+            raise DamagedCheckpoint(
+                f"{self.store}: all {len(candidates)} checkpoints are damaged. " + "; ".join(problems)
+            )
+        return None
+
+    def _read_part(self, record: Record, part: str) -> dict[str, torch.Tensor]:
+        where = f"checkpoint of step {record.step}, part {part}"
+        if part not in record.parts:
+            raise ValueError(f"{where}: no such part; expected one of {', '.join(record.parts)}")
+        file, sha256 = record.parts[part]["file"], record.parts[part]["sha256"]
+        try:
+            return load_safetensors(self.store.read(f"data/{file}", sha256))
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{where}: {file} is missing from {self.store}/data") from None
+        except DamagedError as error:
+            raise DamagedCheckpoint(f"{where}: {error}") from None
+        except SafetensorError as error:
+            raise DamagedCheckpoint(f"{where}: {file} is not a safetensors file ({error})") from None
+
+    def _names(self, folder: str) -> list[str]:
+        """List record or data files, ignoring any foreign files."""
+        return [name for name in self.store.list(folder) if re.match(r"\w+/\d{8}[-.]", name)]
+
+    # --------------------------------------------------------------------------------- writing
+
+    def claim(self, meta: dict[str, Any]) -> "Writer":
+        """Take over the run, so that no earlier attempt can commit, and remove what those left unfinished."""
+        attempt = uuid.uuid4().hex
+        while True:
+            number = max(map(_number, self._names("log/")), default=0) + 1
+            claim = Record(number, "claim", attempt, meta=meta)
+            if self.store.create(claim.name, claim.encode()):
+                break
+        self._sweep(claim)
+        earlier = [r for r in self.records() if r.kind == "checkpoint" and r.number < number]
+        return Writer(self.store, claim, earlier)
+
+    def _sweep(self, claim: Record) -> None:
+        """Delete earlier attempts' data that no record refers to and that no record can refer to any more."""
+        committed = set(map(_number, self._names("log/")))
+        for name in self._names("data/"):
+            if _number(name) <= claim.number and _number(name) not in committed - {claim.number}:
+                self.store.delete(name)
+
+
+class Writer:
+    """Writes one attempt's checkpoints from a background thread; training waits only for the snapshot.
+
+    There is one snapshot at a time: a `save` during the previous write waits for it and prints a warning. Every
+    requested checkpoint is thus written, and memory holds one copy of the state instead of a queue.
+    """
+
+    def __init__(self, store: Store, claim: Record, records: list[Record]) -> None:
+        self.store = store
+        self.attempt = claim.attempt
+        self.number = claim.number
+        """Number of this attempt's last record."""
+        self.records = records
+        """The run's checkpoints, oldest first; no other attempt can add one."""
+        self.files: dict[str, PartFile] = {}
+        self.error: BaseException | None = None
+        """The error that stopped this writer, if any; it then writes nothing more."""
+        self.stall_s = 0.0
+        """Seconds for which the last `save` blocked its caller."""
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def save(
+        self,
+        step: int,
+        parts: Parts,
+        meta: dict[str, Any],
+        keep_last: int,
+        keep_every: int | None,
+        first: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the tensors and `meta` and commit them in the background, after calling `first` there.
+
+        Raises the error of an earlier save (StorageError, StaleAttempt).
+        """
+        start = time.perf_counter()
+        self.wait()
+        if (waited := time.perf_counter() - start) > 1.0:
+            print(
+                f"warning: training waited {waited:.1f} s at step {step} for the previous checkpoint: {self.store} is"
+                " too slow for --checkpoint-every; increase it",
+                flush=True,
+            )
+        for part, tensors in parts.items():
+            if part not in self.files:
+                self.files[part] = PartFile(tensors)
+            self.files[part].copy(tensors)
+        for device in {t.device for tensors in parts.values() for t in tensors.values() if t.is_cuda}:
+            torch.cuda.synchronize(device)
+        self.stall_s = time.perf_counter() - start
+        record = Record(self.number + 1, "checkpoint", self.attempt, step, {}, copy.deepcopy(meta))
+        self._jobs.put(lambda: self._commit(record, keep_last, keep_every, first))
+
+    def check(self) -> None:
+        """Raise the error of a background save, if any; cheap enough to call at every step."""
+        if self.error:
+            raise self.error
+
+    def wait(self) -> None:
+        """Wait until the last save is committed; raises its error."""
+        self._jobs.join()
+        self.check()
+
+    def close(self) -> None:
+        """Finish the last save and end the thread; raises the save's error."""
+        self._jobs.put(None)
+        self._thread.join()
+        self.check()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except BaseException as error:
+                self.error = error
+            finally:
+                self._jobs.task_done()
+
+    def _commit(self, record: Record, keep_last: int, keep_every: int | None, first: Callable[[], None]) -> None:
+        stale = StaleAttempt(
+            f"{self.store}: a newer attempt at this run has taken over, so this one cannot commit step {record.step}."
+            " Two jobs must not write to the same run; stop one, or give it another --out."
+        )
+        if self.store.exists(record.name):  # do not write data that cannot be committed
+            raise stale
+        first()
+        with ThreadPoolExecutor(THREADS) as pool:
+
+            def write(part: str) -> tuple[str, dict[str, Any]]:
+                file, data = f"{record.number:08d}-step-{record.step}-{part}.safetensors", self.files[part].data
+                self.store.write(f"data/{file}", data)
+                return part, {"file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+            record.parts.update(pool.map(write, self.files))
+        if not self.store.create(record.name, record.encode()):
+            raise stale
+        self.number = record.number
+        self.records.append(record)
+        self._retain(keep_last, keep_every)
+
+    def _retain(self, keep_last: int, keep_every: int | None) -> None:
+        """Delete old checkpoints, records first, so that no record ever names deleted data."""
+        for record in self.records[:-keep_last]:
+            if keep_every and record.step % keep_every == 0:
+                continue
+            self.store.delete(record.name)
+            for entry in record.parts.values():
+                self.store.delete(f"data/{entry['file']}")
+            self.records.remove(record)
+
+
+_DTYPES = {  # safetensors' names
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class PartFile:
+    """One part's tensors in memory, laid out as a safetensors file, so that a snapshot is the file itself.
+
+    The safetensors format is the header's length (8 bytes), the header (JSON), then the tensors.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        header: dict[str, Any] = {}
+        end = 0
+        self.names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # keeps all aligned
+        for name in self.names:
+            tensor = tensors[name]
+            start, end = end, end + tensor.nbytes
+            header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        # Reused between saves, because allocating new pages costs more than the copy itself.
+        pinned = any(tensor.is_cuda for tensor in tensors.values())
+        file = torch.empty(8 + len(text) + end, dtype=torch.uint8, pin_memory=pinned)
+        self.data = file.numpy().data
+        self.data[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
+        content = file[8 + len(text) :]
+        self.views = []
+        for name in self.names:
+            start, end = header[name]["data_offsets"]
+            self.views.append(content[start:end].view(tensors[name].dtype).view(tensors[name].shape))
+
+    def copy(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy the tensors' values; copies from a GPU may still be in progress on return."""
+        assert tensors.keys() == set(self.names), "a part always holds the same tensors"
+        torch._foreach_copy_(self.views, [tensors[name] for name in self.names], non_blocking=True)

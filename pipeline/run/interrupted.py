@@ -1,0 +1,28 @@
+"""How a run that a signal stopped says so, to whoever started it."""
+
+import json
+import os
+
+from pipeline.config import TrainConfig
+from pipeline.storage.store import Store
+
+INTERRUPTED_FILE = "interrupted.json"
+"""Written to a run's folder after a signal stopped it; tells whoever started the run whether to start it again."""
+
+
+INTERRUPTED_STATUS = 75
+"""Exit status after a signal and a checkpoint: the same command resumes (BSD's EX_TEMPFAIL)."""
+
+
+def slurm_attempt() -> str:
+    """Identify the current start of the Slurm job, if any; an earlier start's mark says nothing about this one."""
+    return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+
+
+def was_interrupted(config: TrainConfig) -> bool:
+    """Whether a signal stopped the run's last attempt, by its own record: a launcher may hide its exit status."""
+    try:
+        mark = json.loads(Store(config.out, config.storage).read(INTERRUPTED_FILE))
+    except FileNotFoundError:
+        return False
+    return "SLURM_JOB_ID" not in os.environ or bool(mark.get("attempt") == slurm_attempt())

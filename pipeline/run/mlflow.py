@@ -1,0 +1,204 @@
+"""Send a run's journal to MLflow."""
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import TrackingConfig, flatten
+from pipeline.masking import first_line, mask
+from pipeline.run.journal import JOURNAL, SHIPPED
+
+BATCH = 200  # journal lines sent at once
+
+
+class Shipper:
+    """Sends a journal to MLflow from a background thread."""
+
+    def __init__(self, folder: Path, config: TrackingConfig) -> None:
+        self.folder = folder
+        self.flush_s = config.flush_s
+        self.uri = tracking_uri(config)
+        self.run_id: str | None = None
+        self.problem: str | None = None
+        self._client: Any = None
+        self._there: dict[int, int] = {}
+        self._closing = threading.Event()
+        self._done = threading.Event()
+        self._given_up = False
+        threading.Thread(target=self._work, name="mlflow", daemon=True).start()
+
+    @property
+    def done(self) -> bool:
+        """Whether the whole journal had arrived after `close`."""
+        return self._done.is_set()
+
+    def close(self) -> None:
+        """Wait up to flush_s seconds for the rest of the journal to arrive."""
+        self._closing.set()
+        if not self._done.wait(self.flush_s):
+            self._given_up = True
+            reason = f": {self.problem}" if self.problem else ""
+            print(
+                f"warning: MLflow at {mask(self.uri)} has not received the whole history{reason}. Nothing is lost:"
+                f" it is in {self.folder / JOURNAL}; send it with `python -m pipeline.tracking {self.folder}`.",
+                flush=True,
+            )
+
+    def _work(self) -> None:
+        pause = 1.0
+        while not self._given_up:
+            closing = self._closing.is_set()
+            try:
+                caught_up = self._ship()
+                self.problem, pause = None, 1.0
+                if caught_up and closing:
+                    self._done.set()
+                    return
+                if not caught_up:
+                    continue
+            except Exception as error:  # a failing tracking server must not stop the run
+                if self.problem is None:
+                    print(
+                        f"warning: MLflow at {mask(self.uri)} does not answer ({first_line(error)}); training"
+                        f" continues, its history is in {self.folder / JOURNAL} and is sent when MLflow is back.",
+                        flush=True,
+                    )
+                self.problem = first_line(error)
+                self._client = None  # the server may come back with another database
+                pause = min(2 * pause, 30.0)
+            if closing:
+                time.sleep(1.0)  # `close` bounds how often this repeats
+            else:
+                self._closing.wait(pause)
+
+    def _ship(self) -> bool:
+        """Send the next lines; return whether none were left."""
+        state_path = self.folder / SHIPPED
+        try:
+            state = json.loads(state_path.read_text())
+        except (FileNotFoundError, ValueError):  # sending again changes nothing
+            state = {}
+        with (self.folder / JOURNAL).open("rb") as file:
+            head = json.loads(file.readline())
+            if self._client is None:
+                client = connect(self.uri)
+                self.run_id = _run_of(client, head)
+                if state.get("run_id") != self.run_id:
+                    # Send everything except steps that another machine has sent, with other timestamps.
+                    history = client.get_metric_history(self.run_id, "compute/train_flops")
+                    self._there = {point.step: point.timestamp for point in history}
+                self._client = client
+            offset = state["offset"] if state.get("run_id") == self.run_id else 0
+            file.seek(offset)
+            lines: list[bytes] = []
+            while len(lines) < BATCH and (line := file.readline()).endswith(b"\n"):
+                lines.append(line)
+        if not lines:
+            return True
+        assert self.run_id
+        _send(self._client, self.run_id, self.folder, [json.loads(line) for line in lines], self._there)
+        temporary = state_path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"run_id": self.run_id, "offset": offset + sum(map(len, lines))}))
+        temporary.replace(state_path)
+        return False
+
+
+def tracking_uri(config: TrackingConfig) -> str:
+    """Return MLflow's URI: configured, from the environment, or the default."""
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+def connect(uri: str) -> Any:
+    """Return an MlflowClient with short time-outs."""
+    # With MLflow's defaults (minutes), the last, bounded flush would never succeed.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def find_or_create_run(client: Any, experiment: str, uid: str, name: str, tags: dict[str, str]) -> str:
+    """Return the id of the MLflow run with this uid, created if necessary."""
+    from mlflow.exceptions import MlflowException
+
+    known = client.get_experiment_by_name(experiment)
+    if known is None:
+        try:
+            experiment_id = client.create_experiment(experiment)
+        except MlflowException:  # another run of the study was faster
+            experiment_id = client.get_experiment_by_name(experiment).experiment_id
+    else:
+        experiment_id = known.experiment_id
+    found = client.search_runs([experiment_id], f"tags.`iddpm.uid` = '{uid}'", max_results=1)
+    if found:
+        return found[0].info.run_id
+    run = client.create_run(experiment_id, tags={"iddpm.uid": uid, **tags}, run_name=name)
+    return run.info.run_id
+
+
+def _run_of(client: Any, head: dict[str, Any]) -> str:
+    """Return the id of the MLflow run of the journal with this first record, below its parent if it has one."""
+    tags = {}
+    if head.get("parent"):
+        parent = find_or_create_run(client, head["experiment"], head["parent"], head["experiment"], {})
+        tags["mlflow.parentRunId"] = parent
+    return find_or_create_run(client, head["experiment"], head["uid"], head["name"], tags)
+
+
+def _send(client: Any, run_id: str, folder: Path, records: Sequence[dict[str, Any]], there: dict[int, int]) -> None:
+    """Send journal records. Sending them again changes nothing: MLflow stores equal metrics as one point.
+
+    `there` maps steps that MLflow already has to their timestamps; records of them with other timestamps are not sent.
+    """
+    from mlflow.entities import Metric, Param, RunTag
+
+    metrics = []
+    for record in records:
+        millis = int(record["time"] * 1000)
+        match record["kind"]:
+            case "metrics" if there.get(record["step"], millis) == millis:
+                metrics += [Metric(key, value, millis, record["step"]) for key, value in record["metrics"].items()]
+            case "evaluation":
+                for key, value in record["metrics"].items():
+                    metrics.append(Metric(key, value, millis, record["step"]))
+                    if value > 0 and not key.endswith("_se"):  # some of MLflow's charts have no logarithmic axis
+                        name = key.replace("/", "/log10_")
+                        metrics.append(Metric(name, math.log10(value), millis, record["step"]))
+                tags = [RunTag(f"{key}.passport", json.dumps(p)) for key, p in record["passports"].items()]
+                client.log_batch(run_id, tags=tags)
+            case "run":
+                params = [Param(key, str(value)[:500]) for key, value in flatten(record["config"]).items()]
+                client.log_batch(run_id, params=params, tags=[RunTag("iddpm.folder", str(folder.resolve()))])
+                _log_dataset(client, run_id, record["dataset"])
+            case "tags":  # an attempt begins
+                client.update_run(run_id, status="RUNNING")
+                client.log_batch(run_id, tags=[RunTag(key, value) for key, value in record["tags"].items()])
+            case "image":
+                _log_image(client, run_id, folder / record["file"], record["key"], record["step"])
+            case "status":
+                client.set_terminated(run_id, record["status"], millis)
+    for start in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+
+def _log_dataset(client: Any, run_id: str, dataset: dict[str, str]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"url": mask(dataset["url"])})
+    entity = Dataset(dataset["name"], dataset["digest"][:36], "webdataset", source)  # MLflow allows 36 characters
+    client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+
+
+def _log_image(client: Any, run_id: str, path: Path, key: str, step: int) -> None:
+    from PIL import Image
+
+    there = client.list_artifacts(run_id, "images")
+    if path.exists() and not any(f"{key}+step+{step}+" in artifact.path for artifact in there):
+        with Image.open(path) as picture:
+            client.log_image(run_id, picture.convert("RGB"), key=key, step=step, synchronous=True)

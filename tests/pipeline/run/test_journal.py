@@ -1,0 +1,267 @@
+"""The journal is complete and has each step once; MLflow receives all of it, whatever happens to its server."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+from mlflow import MlflowClient
+from PIL import Image
+from ranks import free_port
+
+from pipeline.config import TrackingConfig
+from pipeline.run.journal import JOURNAL, fetch_journal, find_uid, journal_dir, put_evaluation, read_journal
+from pipeline.run.tracker import Tracker
+from pipeline.storage.store import Store
+from pipeline.tracking import main
+
+CONFIG = {"lr": 0.1, "model": {"channels": 32}}
+DATASET = {"url": "data/digits", "name": "digits", "digest": "0" * 32}
+
+
+def tracker(folder: Path, uri: str | None, uid: str | None = None, **config: object) -> Tracker:
+    options = {"experiment": "study", "flush_s": 120.0, **config}
+    return Tracker(folder, TrackingConfig(uri=uri, **options), uid=uid, name="run", run_config=CONFIG, dataset=DATASET)
+
+
+def steps(folder: Path) -> list[int]:
+    return [r["step"] for r in read_journal(folder) if r["kind"] == "metrics"]
+
+
+def the_run(uri: str):
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("study").experiment_id])
+    return client, run
+
+
+def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
+    first = tracker(tmp_path, "none")
+    for step in (1, 2, 3):
+        first.log(step, {"train/loss": 1.0 / step})
+    with (tmp_path / JOURNAL).open("ab") as file:
+        file.write(b'{"kind": "metrics", "st')  # killed while writing
+    second = tracker(tmp_path, "none", uid=first.uid)
+    for step in (2, 3, 4, 5):  # back at the checkpoint of step 1
+        second.log(step, {"train/loss": 1.0 / step})
+    second.close("FINISHED")
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+    assert sum(r["kind"] == "run" for r in read_journal(tmp_path)) == 1
+    assert find_uid(tmp_path, CONFIG) == first.uid
+    assert find_uid(tmp_path, {"lr": 0.2}) is None
+
+
+def test_an_evaluation_elsewhere_is_added_to_whole_lines(tmp_path: Path) -> None:
+    here, run = tracker(tmp_path / "here", "none"), Store(f"memory://{tmp_path}")
+    here.log(1, {"train/loss": 1.0})
+    run.write(JOURNAL, here.path.read_bytes())
+    elsewhere = tracker(tmp_path / "elsewhere", "none", uid=here.uid)
+    for value in (4.0, 4.0, 5.0):  # one is measured twice
+        put_evaluation(run, elsewhere.evaluation(1, {"eval/nll": value}, {}))
+    here.log(2, {"train/loss": 0.5})
+    with here.path.open("ab") as file:
+        file.write(b'{"kind": "metrics", "st')  # killed while writing
+    run.write(JOURNAL, here.path.read_bytes())
+    fetch_journal(run, tmp_path / "here")
+    fetch_journal(run, tmp_path / "here")
+    for records in (read_journal(run), read_journal(tmp_path / "here")):
+        assert [r["kind"] for r in records] == ["run", "metrics", "metrics", "evaluation", "evaluation"]
+        assert {r["metrics"]["eval/nll"] for r in records[3:]} == {4.0, 5.0}
+
+
+def test_a_new_run_in_an_old_folder_keeps_the_old_journal(tmp_path: Path) -> None:
+    first = tracker(tmp_path, "none")
+    first.log(1, {"a": 1.0})
+    first.close("FAILED")
+    second = tracker(tmp_path, "none")
+    assert second.uid != first.uid
+    assert steps(tmp_path) == []
+    assert (tmp_path / f"journal-{first.uid}.jsonl").exists()
+
+
+def test_mlflow_has_everything_the_journal_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.chdir(tmp_path)  # where MLflow puts the artifacts
+    first = tracker(tmp_path / "run", uri)
+    first.tags({"world_size": "2"})
+    for step in range(300):  # more than one batch of the shipper
+        first.log(step, {"train/loss": float(step), "compute/train_flops": 10.0 * step})
+    png = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(png)
+    first.image(299, "samples", png.read_bytes())
+    first.close("KILLED")
+    (tmp_path / "run" / "journal.shipped").unlink()  # as on another machine: everything is sent again
+    second = tracker(tmp_path / "run", uri, uid=first.uid)
+    second.log(300, {"train/loss": 300.0, "compute/train_flops": 3000.0})
+    second.close("FINISHED")
+
+    client, run = the_run(uri)
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(s, float(s)) for s in range(301)]
+    assert run.data.params == {"lr": "0.1", "model.channels": "32"}
+    assert run.data.tags["world_size"] == "2"
+    assert run.info.status == "FINISHED"
+    assert run.inputs.dataset_inputs[0].dataset.digest == "0" * 32
+    pictures = [f.path for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]
+    assert len(pictures) == 1
+
+
+def server(folder: Path, port: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "art")]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # seven processes that tests do not need
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def stop(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def shipped(folder: Path) -> int:
+    """Return how many bytes of the journal have arrived."""
+    state = folder / "journal.shipped"
+    return json.loads(state.read_text())["offset"] if state.exists() else 0
+
+
+def until(what: Callable[[], bool], process: subprocess.Popen) -> None:
+    end = time.monotonic() + 240
+    while not what():
+        assert time.monotonic() < end
+        assert process.poll() is None
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_absent_then_killed_gets_everything_once(digits: str, tmp_path: Path) -> None:
+    """Training starts without the server, sees it come up, loses it to SIGKILL, and ends without it."""
+    port = free_port()
+    uri, folder = f"http://127.0.0.1:{port}", tmp_path / "run"
+    flags = ["--data.url", digits, "--out", str(folder), "--horizon", "1e6steps", "--log-every", "1"]
+    flags += ["--tracking.uri", uri, "--tracking.flush-s", "2", "--tracking.experiment", "study"]
+    # Slow steps keep the journal short.
+    command = [sys.executable, "-m", "pipeline.train", *TINY, "--batch-size", "64", "--sample-every", "20", *flags]
+    with (tmp_path / "said").open("w") as said:
+        training = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
+    processes = [training]
+    try:
+        until(lambda: "does not answer" in (tmp_path / "said").read_text(), training)
+        processes.append(server(tmp_path, port))
+        until(lambda: shipped(folder) > 0, training)
+        stop(processes.pop())
+        logged = len(steps(folder))
+        until(lambda: len(steps(folder)) > logged + 5, training)
+        training.send_signal(signal.SIGTERM)
+        assert training.wait(120) == 75
+        assert shipped(folder) < (folder / JOURNAL).stat().st_size
+        assert f"python -m pipeline.tracking {folder}" in (tmp_path / "said").read_text()
+
+        processes.append(server(tmp_path, port))
+        command = [sys.executable, "-m", "pipeline.tracking", str(folder), "--uri", uri]
+        subprocess.run(command, check=True, timeout=240, cwd=ROOT)
+        client, run = the_run(uri)
+        for name in ("train/loss", "compute/train_flops"):
+            expected = [(r["step"], r["metrics"][name]) for r in read_journal(folder) if r["kind"] == "metrics"]
+            assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] == expected
+        pictures = [f.path for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]
+        assert len(pictures) == len(list((folder / "samples").iterdir()))
+        assert run.info.status == "KILLED"
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                stop(process)
+
+
+def test_a_new_database_gets_the_whole_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{name}.db")
+        tracked = tracker(tmp_path, None, uid="x" * 32)
+        tracked.log(1, {"train/loss": 1.0})
+        tracked.close("FINISHED")
+    _, run = the_run("sqlite:///b.db")
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"train/loss": 1.0})
+
+
+def test_a_remote_run_is_sent_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal and images of a remote run are sent from its URL; a URL without a run is an error."""
+    gone, run = tracker(tmp_path / "gone", "none"), Store(f"memory://{tmp_path}/r")
+    gone.log(1, {"train/loss": 1.0})
+    png = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(png)
+    path = gone.image(1, "samples", png.read_bytes())
+    gone.close("FINISHED")
+    run.write(JOURNAL, gone.path.read_bytes())
+    run.write(f"samples/{path.name}", path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setattr(sys, "argv", ["tracking", run.url, "--uri", uri])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    client, sent = the_run(uri)
+    assert sent.data.metrics == {"train/loss": 1.0}
+    assert client.list_artifacts(sent.info.run_id, "images")
+    monkeypatch.setattr(sys, "argv", ["tracking", f"{run.url}/none", "--uri", uri])
+    with pytest.raises(SystemExit, match=r"got no journal.jsonl, expected the --out of a run"):
+        main()
+
+
+def test_no_password_is_printed_or_recorded(tmp_path: Path, capsys) -> None:
+    tracked = tracker(tmp_path, "http://me:hunter2@127.0.0.1:1", flush_s=2.0)
+    tracked.log(1, {"a": 1.0})
+    time.sleep(1)
+    tracked.close("FINISHED")
+    assert "hunter2" not in capsys.readouterr().out
+    for file in tmp_path.iterdir():
+        assert b"hunter2" not in file.read_bytes()
+
+
+def test_journal_dir() -> None:
+    assert journal_dir("runs/a") == Path("runs/a")
+    assert journal_dir("file:///x/a") == Path("/x/a")
+    remote = journal_dir("s3://bucket/team/a")
+    assert remote.parent == Path("runs")
+    assert remote.name.startswith("a-")
+    assert remote != journal_dir("s3://bucket/other/a")
+    assert remote == journal_dir("s3://bucket/team/a/")
+
+
+def test_records_are_plain_json_lines(tmp_path: Path) -> None:
+    tracked = tracker(tmp_path, "none")
+    tracked.epoch(0, -5)
+    tracked.epoch(0, -5)
+    tracked.close("FINISHED")
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / JOURNAL).read_text().splitlines()]
+    assert kinds == ["run", "epoch", "status"]
+
+
+def test_the_runs_of_a_study_are_children_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        child = tracker(tmp_path / name, uri, parent="ladder")
+        child.log(3, {"train/loss": 1.0, "compute/train_flops": 3.0})
+        child.evaluation(3, {"eval/nll": 4.0}, {})
+        child.close("FINISHED")
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("study").experiment_id])
+    (parent,) = [run for run in runs if run.data.tags["iddpm.uid"] == "ladder"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == 2
+    for child in children:
+        evaluated = {"eval/nll": 4.0, "eval/log10_nll": math.log10(4.0)}
+        assert child.data.metrics == {"train/loss": 1.0, "compute/train_flops": 3.0, **evaluated}
+        (measured,) = client.get_metric_history(child.info.run_id, "eval/nll")
+        assert measured.step == 3
