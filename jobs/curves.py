@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.errors import InputError, UserError
 from pipeline.run.journal import journal_of, run_name
 from pipeline.storage.backends import StorageConfig
 
@@ -27,7 +28,7 @@ def draw(runs: Sequence[str], out: Path) -> None:
     for run in runs:
         rows = [r["metrics"] for r in journal_of(run, StorageConfig()) if r["kind"] == "metrics"]
         if not rows:
-            raise ValueError(f"{run}: no journal with metrics; expected the --out of a training run")
+            raise InputError(f"{run}: no journal with metrics; expected the --out of a training run")
         for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
             points = [(row["train/images"], row[name]) for row in rows if row[name] > 0]
             axis.plot(*zip(*points, strict=True), label=run_name(run), linewidth=1.2)
@@ -47,5 +48,5 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         draw(args.runs, args.out)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -30,6 +30,7 @@ from pipeline.data.shards import ShardIndex, load_index
 from pipeline.data.stream import Reader
 from pipeline.distributed.world import World, pick_device
 from pipeline.drawing import Recipe, draw_batches
+from pipeline.errors import InputError, UserError
 from pipeline.evaluation.features import Features, trained_features
 from pipeline.evaluation.image_quality import Reference, dataset_reference, frechet_distance, moments_of
 from pipeline.evaluation.measured import NORMAL_95
@@ -85,7 +86,7 @@ class Bench:
     def load(self, run: str, step: int | None = None, ema_rate: float | None = None) -> Trained:
         trained = load_trained(run, self.config.storage, self.world, ema_rate, step)
         if trained.config.model.num_classes is not None:
-            raise ValueError(f"{run}: got a class-conditional model; the figures need unconditional ones")
+            raise InputError(f"{run}: got a class-conditional model; the figures need unconditional ones")
         return trained
 
     def read(self, index: ShardIndex, count: int | None = None) -> Tensor:
@@ -489,7 +490,7 @@ def run(argv: Sequence[str]) -> None:
     config = parse_flags(FiguresConfig, argv, FiguresConfig.__doc__ or "")
     try:
         main(config)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

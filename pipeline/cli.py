@@ -10,6 +10,7 @@ import tyro
 import yaml
 
 from pipeline.config import TrainConfig, _flag, flatten
+from pipeline.errors import InputError, UserError
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     own, rest = parser.parse_known_args(argv)
     try:
         flags = [*(file_flags(own.config) if own.config else []), *rest]
-    except ValueError as error:
+    except UserError as error:
         fail_usage(error)
     description = _description(own.preset, list(PRESETS))
     return parse_flags(TrainConfig, flags, description, PRESETS[own.preset]), own.dry_run
@@ -67,9 +68,9 @@ def file_flags(path: str) -> list[str]:
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping of fields to values, got {type(content).__name__}")
+        raise InputError(f"{path}: expected a mapping of fields to values, got {type(content).__name__}")
     return [word for name, value in flatten(content).items() for word in _as_flag(name.removeprefix("launch."), value)]
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from iddpm.config import DiffusionConfig, UNetConfig
+from pipeline.errors import InputError
 from pipeline.storage.backends import StorageConfig
 
 
@@ -141,13 +142,13 @@ class TrainConfig:
         check_metrics(self.eval_metrics, "--eval-metrics")
         for name in ("weight_decay", "warmup_steps", "sample_every", "eval_every", "seed"):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{_flag(name)}: got {getattr(self, name)}, expected 0 or more")
+                raise InputError(f"--{_flag(name)}: got {getattr(self, name)}, expected 0 or more")
         if not self.ema_rates or any(not 0 <= rate < 1 for rate in self.ema_rates):
-            raise ValueError(f"--ema-rates: got {self.ema_rates}, expected one or more rates in [0, 1)")
+            raise InputError(f"--ema-rates: got {self.ema_rates}, expected one or more rates in [0, 1)")
         if len({f"{rate:g}" for rate in self.ema_rates}) < len(self.ema_rates):  # their names in a checkpoint
-            raise ValueError(f"--ema-rates: got {self.ema_rates}, expected rates that differ in their first six digits")
+            raise InputError(f"--ema-rates: got {self.ema_rates}, expected rates that differ in their first six digits")
         if not 1 <= self.sample_steps <= self.diffusion.timesteps:
-            raise ValueError(
+            raise InputError(
                 f"--sample-steps: got {self.sample_steps}, expected 1 to --diffusion.timesteps"
                 f" = {self.diffusion.timesteps}"
             )
@@ -159,7 +160,7 @@ class TrainConfig:
 
 
 def parse_horizon(text: str) -> tuple[float, str]:
-    """`"2.5e18flops"` -> (2.5e18, "flops"). Raises ValueError unless it is a positive number with a unit."""
+    """`"2.5e18flops"` -> (2.5e18, "flops"). Raises InputError unless it is a positive number with a unit."""
     for unit in ("steps", "images", "flops"):
         if text.endswith(unit):
             try:
@@ -168,7 +169,7 @@ def parse_horizon(text: str) -> tuple[float, str]:
                 break
             if 0 < amount < math.inf:
                 return amount, unit
-    raise ValueError(
+    raise InputError(
         f"--horizon: got {text!r}, expected a positive number with a unit, such as 4000steps, 1e6images, 2.5e18flops"
     )
 
@@ -188,10 +189,10 @@ METRICS = ("nll", "fid", "is", "kid", "precision", "recall")
 
 
 def check_metrics(text: str, flag: str) -> set[str]:
-    """Parse a comma-separated list of metrics. Raises ValueError for a name that is not in METRICS."""
+    """Parse a comma-separated list of metrics. Raises InputError for a name that is not in METRICS."""
     names = {name.strip() for name in text.split(",") if name.strip()}
     if not names or names - set(METRICS):
-        raise ValueError(f"{flag}: got {text!r}, expected a comma-separated list of {', '.join(METRICS)}")
+        raise InputError(f"{flag}: got {text!r}, expected a comma-separated list of {', '.join(METRICS)}")
     return names
 
 
@@ -204,7 +205,7 @@ def _positive(config: object, prefix: str, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             flag = _flag(f"{prefix}.{name}" if prefix else name)
-            raise ValueError(f"--{flag}: got {value}, expected a positive number")
+            raise InputError(f"--{flag}: got {value}, expected a positive number")
 
 
 # How and where a run executes is not part of its identity: these may change when it resumes, and may hold secrets.
@@ -225,7 +226,7 @@ def record(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_record(content: dict[str, Any]) -> TrainConfig:
-    """Rebuild the configuration that `record` wrote. Raises ValueError if a field is unknown or invalid."""
+    """Rebuild the configuration that `record` wrote. Raises InputError if a field is unknown or invalid."""
     return _build(TrainConfig, content, "")
 
 
@@ -241,7 +242,7 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_same_run(recorded: dict[str, Any], config: TrainConfig) -> None:
-    """Raise ValueError, naming the fields, if `config` would not continue the recorded run."""
+    """Raise InputError, naming the fields, if `config` would not continue the recorded run."""
     old, new = flatten(record(from_record(recorded))), flatten(record(config))  # new fields get their defaults
     changed = [
         f"  --{_flag(name)}: the run has {old.get(name)}, got {new.get(name)}"
@@ -249,7 +250,7 @@ def check_same_run(recorded: dict[str, Any], config: TrainConfig) -> None:
         if old.get(name) != new.get(name) and name not in _MAY_CHANGE
     ]
     if changed:
-        raise ValueError(
+        raise InputError(
             f"--out {config.out} holds a run with another configuration:\n"
             + "\n".join(changed)
             + "\nGive the recorded values to resume it, or another --out to start a new run."
@@ -265,7 +266,7 @@ def _plain(value: Any) -> Any:
 def _build(kind: Any, content: dict[str, Any], prefix: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(content.keys() - fields.keys()):
-        raise ValueError(f"recorded config: unknown field {prefix}{unknown[0]}; written by a newer version?")
+        raise InputError(f"recorded config: unknown field {prefix}{unknown[0]}; written by a newer version?")
     values = {}
     for name, value in content.items():
         default = fields[name].default_factory if callable(fields[name].default_factory) else None

@@ -11,6 +11,7 @@ import torch
 from iddpm.openai import load_published
 from pipeline.cli import fail_usage, parse_train
 from pipeline.config import TrainConfig, record
+from pipeline.errors import InputError, UserError
 from pipeline.model import ema_part
 from pipeline.run.checkpoint import Checkpoints, Parts
 from pipeline.storage.store import Store
@@ -26,7 +27,7 @@ becomes the average of the run's first --ema-rates.
 def convert(path: str, config: TrainConfig) -> None:
     """Write a file's weights as a checkpoint of the run at `config.out`.
 
-    Raises ValueError if they do not fit the model, or if the run already has a checkpoint.
+    Raises InputError if they do not fit the model, or if the run already has a checkpoint.
     """
     weights = load_published(path, config.model, config.out_channels)
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
@@ -34,7 +35,7 @@ def convert(path: str, config: TrainConfig) -> None:
     run.check(write=True, once=True)
     checkpoints = Checkpoints(run)
     if any(r.kind == "checkpoint" for r in checkpoints.records()):
-        raise ValueError(f"--out {config.out}: already has a checkpoint; give another")
+        raise InputError(f"--out {config.out}: already has a checkpoint; give another")
     meta = {
         "images": 0,
         "config": record(config),
@@ -55,13 +56,13 @@ def main(argv: list[str]) -> None:
         print(USAGE, file=sys.stdout if {"-h", "--help"} & set(argv) else sys.stderr)
         raise SystemExit(0 if {"-h", "--help"} & set(argv) else 2)
     if not any(arg.split("=")[0] == "--out" for arg in argv):
-        fail_usage(ValueError("--out: expected a folder or URL for the run"))
+        fail_usage(InputError("--out: expected a folder or URL for the run"))
     config, dry_run = parse_train(argv[2:])
     if dry_run:
-        fail_usage(ValueError("--dry-run: not supported by pipeline.convert"))
+        fail_usage(InputError("--dry-run: not supported by pipeline.convert"))
     try:
         convert(argv[1], config)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -16,6 +16,7 @@ from iddpm.sampling import Step, ancestral, ddim, ddim_invert, final, slerp
 from iddpm.schedule import respace
 from pipeline.config import TrainConfig
 from pipeline.distributed.world import World
+from pipeline.errors import InputError
 from pipeline.images import _read_image, to_uint8
 from pipeline.model import Trained, autocast
 
@@ -31,16 +32,16 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"--steps: got {self.steps}, expected 1 or more")
+            raise InputError(f"--steps: got {self.steps}, expected 1 or more")
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"--eta: got {self.eta}, expected 0 to 1")
+            raise InputError(f"--eta: got {self.eta}, expected 0 to 1")
         if self.eta and self.sampler != "ddim":
-            raise ValueError(f"--eta: got {self.eta}, which only --sampler ddim supports")
+            raise InputError(f"--eta: got {self.eta}, which only --sampler ddim supports")
 
     def chain(self, config: DiffusionConfig, device: torch.device) -> Diffusion:
         """Return the process with this recipe's number of steps, evenly spaced over the run's."""
         if self.steps > config.timesteps:
-            raise ValueError(f"--steps: got {self.steps}, expected 1 to the run's T = {config.timesteps}")
+            raise InputError(f"--steps: got {self.steps}, expected 1 to the run's T = {config.timesteps}")
         return Diffusion(config, respace(config.timesteps, str(self.steps)), device)
 
     def run(self, trained: Trained, chain: Diffusion, index: Tensor, y: Tensor | None = None) -> Iterator[Step]:
@@ -131,10 +132,10 @@ def _classes(config: TrainConfig, classes: Sequence[int] | None, device: torch.d
     count = config.model.num_classes
     if count is None:
         if classes:
-            raise ValueError(f"--classes: got {list(classes)}, expected none: the model is not class-conditional")
+            raise InputError(f"--classes: got {list(classes)}, expected none: the model is not class-conditional")
         return None
     if classes and not 0 <= min(classes) <= max(classes) < count:
-        raise ValueError(f"--classes: got {list(classes)}, expected 0 to {count - 1}")
+        raise InputError(f"--classes: got {list(classes)}, expected 0 to {count - 1}")
     return torch.tensor(classes or range(count), device=device)
 
 

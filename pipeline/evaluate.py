@@ -20,6 +20,7 @@ from pipeline.data.shards import ShardIndex, load_index
 from pipeline.data.stream import Reader
 from pipeline.distributed.world import World
 from pipeline.drawing import Recipe, draw_batches
+from pipeline.errors import InputError
 from pipeline.evaluation.features import (
     CLASSIFIERS,
     Features,
@@ -121,20 +122,20 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("images", "images_per_call", "timesteps_per_call", "samples", "batch_size", "neighbours"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected 1 or more")
+                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected 1 or more")
         Recipe(self.sampler, 1 if self.steps is None else self.steps, self.eta, self.seed)
         self.wanted  # noqa: B018  # raises if invalid
         if self.out and not (self.exact or self.chain):
-            raise ValueError("--out: needs --exact or --chain")
+            raise InputError("--out: needs --exact or --chain")
         if "is" in self.wanted and self.features not in CLASSIFIERS:
-            raise ValueError(
+            raise InputError(
                 f"--metrics is: needs a classifier, got --features {self.features}; use inception or trained"
             )
         if self.wanted & {"precision", "recall"} and self.neighbours >= self.samples:
-            raise ValueError(f"--neighbours: got {self.neighbours}, expected less than --samples = {self.samples}")
+            raise InputError(f"--neighbours: got {self.neighbours}, expected less than --samples = {self.samples}")
         self.plan  # noqa: B018  # raises if invalid
         if (self.against or self.against_step is not None) and self.plan.best:
-            raise ValueError(
+            raise InputError(
                 "--chain best…: is optimised for one model; it cannot be combined with --against or --against-step"
             )
 
@@ -269,7 +270,7 @@ def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[M
     """Compute the image metrics of real images instead of `config.samples` generated ones: a floor for any model.
 
     Uses validation images if there are enough; else training images, whose values are too low because they are part of
-    the reference. The passport says which. Raises ValueError if there are too few. For a single process.
+    the reference. The passport says which. Raises InputError if there are too few. For a single process.
     """
     data = Store(config.data or run.data.url, config.storage)
     cache = Cache.of(run.data)
@@ -286,7 +287,7 @@ def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[M
         real = index or _index(data, "train", [run])
         wanted -= NEAR  # these would compare the images with themselves
         if real.num_samples <= config.samples:
-            raise ValueError(f"{data}: expected more than --samples = {config.samples} images; lower --samples")
+            raise InputError(f"{data}: expected more than --samples = {config.samples} images; lower --samples")
     seen = [features.extract(images) for images in spread_images(data, real, cache, config.samples)]
     values = image_metrics(seen, reference, features, wanted, config.neighbours)
     n = sum(len(block["features"]) for block in seen)
@@ -300,7 +301,7 @@ def _reference(
     if config.reference:
         reference = npz_reference(config.reference, config.storage, features, world)
         if reference.images is None and (near := config.wanted & NEAR):
-            raise ValueError(f"{', '.join(sorted(near))}: need real images; the reference has only moments")
+            raise InputError(f"{', '.join(sorted(near))}: need real images; the reference has only moments")
         return reference
     assert index, "image_tools has it"
     return dataset_reference(data, index, features, world, cache)
@@ -311,7 +312,7 @@ def image_tools(
 ) -> tuple[Recipe, ShardIndex | None, Features]:
     """Return the sampling recipe, the reference dataset (None: only --reference) and the features of such a run.
 
-    Raises ValueError if any of them is unavailable.
+    Raises InputError if any of them is unavailable.
     """
     recipe = Recipe(config.sampler, config.steps or run.sample_steps, config.eta, config.seed)
     recipe.chain(run.diffusion, world.device)  # raises if invalid, before anything slow
@@ -328,7 +329,7 @@ def _index(data: Store, split: str, runs: Sequence[TrainConfig]) -> ShardIndex:
     for run in runs:
         expected = image_shape(run)
         if index.shape != expected:
-            raise ValueError(f"{data}: got images of {index.shape} (channels, height, width), expected {expected}")
+            raise InputError(f"{data}: got images of {index.shape} (channels, height, width), expected {expected}")
     return index
 
 

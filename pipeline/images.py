@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from pipeline.errors import InputError
+
 
 class Unreadable(Exception):
     """A source image cannot be read: it is skipped, and listed at the end."""
@@ -39,12 +41,12 @@ def load_image(path: Path, size: int, grey: bool = False) -> np.ndarray:
 
 
 def _read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Read an image as uint8 [C, H, W]. Raises ValueError if it has another size."""
+    """Read an image as uint8 [C, H, W]. Raises InputError if it has another size."""
     channels, height, width = shape
     with Image.open(path) as picture:
         if picture.size != (width, height):
             got = "x".join(map(str, picture.size))
-            raise ValueError(f"{path}: got an image of {got} pixels, expected the run's {width}x{height}")
+            raise InputError(f"{path}: got an image of {got} pixels, expected the run's {width}x{height}")
         pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)
 

@@ -21,6 +21,7 @@ from pipeline.data.shards import ShardIndex, load_index
 from pipeline.data.stream import epoch_digests, expected_digest, stream
 from pipeline.distributed.world import World
 from pipeline.drawing import Recipe, draw
+from pipeline.errors import InputError
 from pipeline.evaluate import EvaluateConfig, log_measured, measure
 from pipeline.hardware import device_name, peak_flops
 from pipeline.images import grid_png
@@ -36,7 +37,7 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
     """Train, or resume the run at `config.out`, until the horizon ("finished") or a signal ("interrupted").
 
     Calls `report` with the step and its values at each log line, on every rank.
-    Raises ValueError for mistakes that the user can fix, StorageError, NonFinite, StaleAttempt.
+    Raises InputError for mistakes that the user can fix, StorageError, NonFinite, StaleAttempt.
     """
     index = _data(config, world)
     found = world.only_on_rank0(lambda: load_newest(config, index))
@@ -120,7 +121,7 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
 
 
 def _data(config: TrainConfig, world: World) -> ShardIndex:
-    """Load the dataset's index. Raises ValueError if dataset, model and evaluation do not fit together."""
+    """Load the dataset's index. Raises InputError if dataset, model and evaluation do not fit together."""
     data = Store(config.data.url, config.storage)
     index = load_index(data, "train")
     wanted = check_metrics(config.eval_metrics, "--eval-metrics")
@@ -128,22 +129,22 @@ def _data(config: TrainConfig, world: World) -> ShardIndex:
         if "nll" in wanted:
             load_index(data, "val")
         if wanted - {"nll"} and index.num_classes < 2:
-            raise ValueError(
+            raise InputError(
                 f"--eval-metrics: got {config.eval_metrics}, expected nll: the data have no class labels, on which the"
                 " network for image metrics is trained; use pipeline.evaluate for the others"
             )
     model = config.model
     if index.shape != image_shape(config):
-        raise ValueError(
+        raise InputError(
             f"--data.url {config.data.url}: its images are {index.shape} (channels, height, width), expected"
             f" {image_shape(config)} by --model.in-channels and --model.image-size"
         )
     if model.num_classes is not None and model.num_classes < index.num_classes:
-        raise ValueError(
+        raise InputError(
             f"--model.num-classes: got {model.num_classes}, expected at least the {index.num_classes} of the data"
         )
     if config.batch_size < world.size:
-        raise ValueError(f"--batch-size: got {config.batch_size}, expected at least one image for {world.size} ranks")
+        raise InputError(f"--batch-size: got {config.batch_size}, expected at least one image for {world.size} ranks")
     return index
 
 

@@ -14,6 +14,7 @@ from iddpm.noise import stream_key
 from iddpm.unet import UNet
 from pipeline.config import TrainConfig, from_record
 from pipeline.distributed.world import World
+from pipeline.errors import InputError
 from pipeline.run.checkpoint import Checkpoints
 from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
@@ -63,16 +64,16 @@ def load_trained(
     """Load the newest intact checkpoint (or the one at `step`) of the run at `url`.
 
     `ema_rate` chooses the moving average (default: the run's first; 0: the weights themselves); `fuse` compiles as
-    --compile does. Raises ValueError if the run has no checkpoint or no such average.
+    --compile does. Raises InputError if the run has no checkpoint or no such average.
     """
     checkpoints = Checkpoints(Store(url, storage))
     records = [r for r in checkpoints.records() if r.kind == "checkpoint"]
     if not records:
-        raise ValueError(f"{url}: got no checkpoint, expected the --out of a training run")
+        raise InputError(f"{url}: got no checkpoint, expected the --out of a training run")
     rates = from_record(records[-1].meta["config"]).ema_rates
     rate = rates[0] if ema_rate is None else ema_rate
     if rate not in (0, *rates):
-        raise ValueError(f"--ema-rate: got {rate}, expected {', '.join(map(str, rates))}, or 0 for the weights")
+        raise InputError(f"--ema-rate: got {rate}, expected {', '.join(map(str, rates))}, or 0 for the weights")
     part = ema_part(rate) if rate else "model"
     found = world.only_on_rank0(lambda: checkpoints.newest(parts=(part,), step=step))
     # Rank 0 chooses for all ranks: another checkpoint may be committed meanwhile.

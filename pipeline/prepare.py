@@ -20,6 +20,7 @@ import tyro
 from pipeline.config import TrainConfig
 from pipeline.data.sources import digits, folder, imagenet64
 from pipeline.data.writing import Output, card, verify, write_split
+from pipeline.errors import InputError, UserError
 from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
 
@@ -64,9 +65,9 @@ class Folder(Output):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.size < 1:
-            raise ValueError(f"size: got {self.size}, expected at least 1 pixel")
+            raise InputError(f"size: got {self.size}, expected at least 1 pixel")
         if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction: got {self.val_fraction}, expected 0 <= fraction < 1")
+            raise InputError(f"val_fraction: got {self.val_fraction}, expected 0 <= fraction < 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {line}", file=sys.stderr)
         print("all hashes match" if not lines else "run the same pipeline.prepare command again to repair it")
         return 1 if lines else 0
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -11,6 +11,7 @@ from pipeline.cli import parse_flags
 from pipeline.config import LaunchConfig
 from pipeline.distributed.world import World
 from pipeline.drawing import Recipe, _classes, draw, interpolate
+from pipeline.errors import InputError
 from pipeline.images import batch_npz, grid_png
 from pipeline.model import load_trained
 from pipeline.storage.backends import StorageConfig
@@ -61,13 +62,13 @@ class SampleConfig:
         for name in ("count", "batch_size", "progressive", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: got {value}, expected 1 or more")
+                raise InputError(f"--{name.replace('_', '-')}: got {value}, expected 1 or more")
         if not self.out.endswith((".png", ".npz")):
-            raise ValueError(f"--out: got {self.out!r}, expected a name ending in .png or .npz")
+            raise InputError(f"--out: got {self.out!r}, expected a name ending in .png or .npz")
         if self.between and (self.progressive or self.eta):
-            raise ValueError("--between: cannot be combined with --progressive or --eta; it uses deterministic DDIM")
+            raise InputError("--between: cannot be combined with --progressive or --eta; it uses deterministic DDIM")
         if self.progressive and self.out.endswith(".npz"):
-            raise ValueError("--progressive: needs a .png --out; an .npz holds only final samples")
+            raise InputError("--progressive: needs a .png --out; an .npz holds only final samples")
 
 
 def main(config: SampleConfig, world: World) -> None:
@@ -76,7 +77,7 @@ def main(config: SampleConfig, world: World) -> None:
     steps = run.sample_steps if config.steps is None else config.steps
     recipe = Recipe("ddim" if config.between else config.sampler, steps, config.eta, config.seed)
     if config.progressive and config.progressive > steps:
-        raise ValueError(f"--progressive: got {config.progressive}, expected at most the {steps} steps of the chain")
+        raise InputError(f"--progressive: got {config.progressive}, expected at most the {steps} steps of the chain")
     columns = config.progressive
     if config.between:
         images = interpolate(trained, recipe, config.between, config.count, world, config.classes)

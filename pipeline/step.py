@@ -14,13 +14,14 @@ from iddpm.timesteps import make_sampler
 from pipeline.config import TrainConfig
 from pipeline.data.stream import Batch
 from pipeline.distributed.world import World
+from pipeline.errors import PermanentError
 from pipeline.model import autocast, build_model, ema_part
 from pipeline.run.checkpoint import Parts
 
 QUARTILES = 4
 
 
-class NonFinite(ValueError):
+class NonFinite(PermanentError):
     """Training diverged; nothing was saved after the last good checkpoint."""
 
 

@@ -8,6 +8,7 @@ import tyro
 
 from pipeline.cli import parse_flags
 from pipeline.config import TrackingConfig
+from pipeline.errors import InputError, UserError
 from pipeline.run.journal import JOURNAL, fetch_journal, journal_dir, read_journal
 from pipeline.run.mlflow import Shipper
 from pipeline.storage.backends import StorageConfig
@@ -39,8 +40,8 @@ def main() -> None:
                     with contextlib.suppress(FileNotFoundError):
                         picture.write_bytes(run.read(record["file"]))
         if not (folder / JOURNAL).exists():
-            raise ValueError(f"{run}: got no {JOURNAL}, expected the --out of a run")
-    except (ValueError, OSError) as error:
+            raise InputError(f"{run}: got no {JOURNAL}, expected the --out of a run")
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     shipper = Shipper(folder, TrackingConfig(uri=config.uri, flush_s=config.wait_s))
     shipper.close()

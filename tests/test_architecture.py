@@ -1,4 +1,7 @@
-"""The rules of the house that a program can check: imports go one way, in no circle. Needs only the standard library."""
+"""The rules of the house that a program can check: imports go one way, in no circle.
+
+Needs only the standard library.
+"""
 
 import ast
 from pathlib import Path

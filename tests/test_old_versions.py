@@ -1,7 +1,7 @@
 """What an earlier version wrote is read, resumed and reported: tests/data/e3725b7 was written by that commit.
 
-`run` was trained for 4 steps with the flags in flags.txt on `dataset`; step-8-model.safetensors are the weights that the
-same version reached from there. `study` holds a finished study without its checkpoints, and the fit it reported.
+`run` was trained for 4 steps with the flags in flags.txt on `dataset`; step-8-model.safetensors are the weights that
+the same version reached from there. `study` holds a finished study without its checkpoints, and the fit it reported.
 """
 
 import json

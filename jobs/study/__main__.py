@@ -15,6 +15,7 @@ from jobs.study.plan import Plan, plan
 from jobs.study.run import Execute, execute
 from jobs.study.status import Status, status
 from pipeline.cli import parse_flags
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
                 from jobs.study.report import report
 
                 report(load_study(options.study), getattr(options, "out", None))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ import tyro
 
 from pipeline.cli import fail_usage, file_flags, parse_flags, parse_train
 from pipeline.config import TrainConfig
+from pipeline.errors import InputError, UserError
 from pipeline.masking import carries_credentials
 from pipeline.storage.store import Store
 
@@ -54,17 +55,17 @@ class Study:
 
     def __post_init__(self) -> None:
         if not self.values or len(set(self.values)) < len(self.values):
-            raise ValueError(f"values: got {self.values}, expected one or more distinct values")
+            raise InputError(f"values: got {self.values}, expected one or more distinct values")
         if not self.budgets or min(self.budgets) <= 0:
-            raise ValueError(f"budgets: got {self.budgets}, expected one or more positive FLOPs")
+            raise InputError(f"budgets: got {self.budgets}, expected one or more positive FLOPs")
         if len({f"{budget:.3g}" for budget in self.budgets}) < len(self.budgets):  # runs are named after them
-            raise ValueError(f"budgets: got {self.budgets}, expected budgets that differ in their first three digits")
+            raise InputError(f"budgets: got {self.budgets}, expected budgets that differ in their first three digits")
         if not self.separate and list(self.budgets) != sorted(self.budgets):
-            raise ValueError(
+            raise InputError(
                 f"budgets: got {self.budgets}, expected ascending budgets, which a run passes one after the other"
             )
         if not self.axis.startswith("model."):
-            raise ValueError(
+            raise InputError(
                 f"axis: got {self.axis!r}, expected a field that sets the network's size, such as model.channels"
             )
         for section, flags, own in (
@@ -72,13 +73,13 @@ class Study:
             ("evaluate", self.evaluate, ("step", "against", "against-step", "out")),
         ):
             if given := {f"--{name}" for name in own} & set(flags):
-                raise ValueError(f"{section}: got {', '.join(sorted(given))}, which a study sets for each of its runs")
+                raise InputError(f"{section}: got {', '.join(sorted(given))}, which a study sets for each of its runs")
         if "--target-se" in self.evaluate:
-            raise ValueError(
+            raise InputError(
                 "evaluate.target_se: points with different numbers of images are not comparable; give `images` instead"
             )
         if len(self.seeds) not in (1, len(self.values)) or min(self.seeds) < 1:
-            raise ValueError(f"seeds: got {self.seeds}, expected one number, or one for each value, all 1 or more")
+            raise InputError(f"seeds: got {self.seeds}, expected one number, or one for each value, all 1 or more")
 
     @property
     def folder(self) -> str:
@@ -101,9 +102,9 @@ class Study:
 
         options = parse_flags(EvaluateConfig, [self.name, *self.evaluate], "The study's `evaluate:` section.")
         if any(map(carries_credentials, self.evaluate)):
-            fail_usage(ValueError("evaluate: a URL there carries credentials, which would be recorded"))
+            fail_usage(InputError("evaluate: a URL there carries credentials, which would be recorded"))
         if options.wanted - {"nll", "fid", "kid"}:
-            fail_usage(ValueError(f"evaluate.metrics: got {options.metrics!r}, expected comma-separated nll, fid, kid"))
+            fail_usage(InputError(f"evaluate.metrics: got {options.metrics!r}, expected comma-separated nll, fid, kid"))
         return replace(options, storage=self.runs[0].config.storage)
 
     @cached_property
@@ -164,7 +165,7 @@ def load_study(path: Path) -> Study:
     study = parse_flags(Study, sections[""], f"{Study.__doc__} ({path})")
     try:
         return replace(study, train=tuple(sections["train"]), evaluate=tuple(sections["evaluate"]))
-    except ValueError as error:
+    except UserError as error:
         fail_usage(error)
 
 

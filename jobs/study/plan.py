@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # these import torch and scipy
     from pipeline.hardware import Cost
 from jobs.study.file import OfStudy, Run, Study, load_study
 from jobs.study.points import table
+from pipeline.errors import InputError
 
 HARDWARE: dict[str, tuple[dict[str, float], float]] = {
     "a100": ({"bf16": 312e12, "fp32": 19.5e12}, 1.8),
@@ -34,19 +35,19 @@ class Plan(OfStudy):
 
     def __post_init__(self) -> None:
         if self.hardware not in (*HARDWARE, "here"):
-            raise ValueError(f"--hardware: got {self.hardware!r}, expected one of {', '.join(HARDWARE)}, here")
+            raise InputError(f"--hardware: got {self.hardware!r}, expected one of {', '.join(HARDWARE)}, here")
         if self.utilisation is not None and not 0 < self.utilisation <= 1:
-            raise ValueError(f"--utilisation: got {self.utilisation}, expected a fraction of the peak, in (0, 1]")
+            raise InputError(f"--utilisation: got {self.utilisation}, expected a fraction of the peak, in (0, 1]")
 
 
 def count_sizes(study: Study) -> "dict[str, Cost]":
-    """Count each value's cost. Raises ValueError if two have equally many parameters: fits would treat them as one."""
+    """Count each value's cost. Raises InputError if two have equally many parameters: fits would treat them as one."""
     from pipeline.hardware import count
 
     costs = {value: count(next(r for r in study.runs if r.value == value).config) for value in study.values}
     if len({cost.parameters for cost in costs.values()}) < len(costs):
         shown = ", ".join(f"{value}: {cost.parameters:,}" for value, cost in costs.items())
-        raise ValueError(f"values: got networks with equal numbers of parameters ({shown}), expected different sizes")
+        raise InputError(f"values: got networks with equal numbers of parameters ({shown}), expected different sizes")
     return costs
 
 
@@ -116,7 +117,7 @@ def _speed(options: Plan, study: Study) -> tuple[float, float, str]:
     else:
         peaks, usual = HARDWARE[options.hardware]
         if precision not in peaks:
-            raise ValueError(
+            raise InputError(
                 f"--hardware: the peak of {options.hardware} is not known for {precision}, expected {list(peaks)}"
             )
         peak, price = peaks[precision], usual if price is None else price

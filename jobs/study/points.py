@@ -15,7 +15,7 @@ from jobs.study.file import Run, Study
 def missing(study: Study, run: Run) -> list[float]:
     """Return the budgets at which the run is not yet measured as the study says.
 
-    Raises ValueError if the measured run had another configuration.
+    Raises InputError if the measured run had another configuration.
     """
     return [budget for budget in run.budgets if not _point(study, run, budget)]
 
@@ -23,7 +23,7 @@ def missing(study: Study, run: Run) -> list[float]:
 def _point(study: Study, run: Run, budget: float) -> dict[str, Any] | None:
     """Return a run's measurement at a budget, if it was made as the study says.
 
-    Raises ValueError if the measured run had another configuration.
+    Raises InputError if the measured run had another configuration.
     """
     try:
         content: dict[str, Any] = json.loads(study.store.read(run.point(budget)))

@@ -29,6 +29,7 @@ from jobs.study.scaling import (
     warnings,
 )
 from pipeline.distributed.world import World, pick_device
+from pipeline.errors import InputError, UserError
 from pipeline.evaluate import real_floor
 from pipeline.evaluation.measured import Measured
 from pipeline.masking import mask
@@ -77,7 +78,7 @@ class Findings:
     def _try(self, name: str, results: dict[Any, Any], key: Any, make: Callable[[], Any]) -> None:
         try:
             results[key] = make()
-        except ValueError as error:
+        except UserError as error:
             self.refused[name] = str(error)
 
     def text(self) -> str:
@@ -131,10 +132,10 @@ def report(study: Study, out: str | None) -> None:
         try:
             every.append(Findings(points, floors.get(name)))
             print(every[-1].text() + "\n")
-        except ValueError as error:  # the other metrics may still be fitted
+        except UserError as error:  # the other metrics may still be fitted
             print(f"refused: {name}: {error}")
     if not every:
-        raise ValueError("the study has no points to fit; `run` it first")
+        raise InputError("the study has no points to fit; `run` it first")
     if out is None:
         return
     folder = Path(out) if out else (study.store.local or Path("runs") / study.name) / "report"
@@ -165,7 +166,7 @@ def _floors(study: Study) -> dict[str, Measured]:
     if content.get("evaluate") != list(study.evaluate):
         try:
             found = real_floor(options, study.runs[0].config, World(device=pick_device("auto", 0)))
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             print(f"warning: cannot measure the metrics of real images: {error}")
             return {}
         content = {"evaluate": study.evaluate, "floors": [vars(value) for value in found]}

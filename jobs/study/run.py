@@ -16,6 +16,7 @@ from typing import IO, Literal
 from jobs.study.file import OfStudy, Run, Study, load_study
 from jobs.study.plan import count_sizes
 from jobs.study.points import measure, missing
+from pipeline.errors import InputError, UserError
 from pipeline.masking import first_line, mask
 from pipeline.prepare import provide_digits
 from pipeline.run.interrupted import INTERRUPTED_STATUS, was_interrupted
@@ -39,7 +40,7 @@ class Execute(OfStudy):
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
-            raise ValueError(f"--jobs: got {self.jobs}, expected 1 or more")
+            raise InputError(f"--jobs: got {self.jobs}, expected 1 or more")
 
 
 def execute(options: Execute) -> int:
@@ -85,9 +86,9 @@ def _submit_array(study: Study, todo: Sequence[Run], file: Path) -> int:
     numbers = ",".join(str(study.runs.index(run)) for run in todo)
     words = [f"--array={numbers}", f"--job-name={study.name}", "slurm/study.sh", str(file)]
     if not shutil.which("sbatch"):
-        raise ValueError("--launcher slurm: sbatch is not installed here; submit from a login node of the cluster")
+        raise InputError("--launcher slurm: sbatch is not installed here; submit from a login node of the cluster")
     if not Path("slurm/study.sh").exists():
-        raise ValueError("--launcher slurm: no slurm/study.sh in this folder; submit from the repository's root")
+        raise InputError("--launcher slurm: no slurm/study.sh in this folder; submit from the repository's root")
     return subprocess.run(["sbatch", *words]).returncode
 
 
@@ -99,9 +100,9 @@ def _submit_jobs(study: Study, todo: Sequence[Run], options: Execute) -> None:
 
     out, file = study.runs[0].config.out, options.study.resolve()
     if "://" not in out and not Path(out).is_absolute():
-        raise ValueError(f"out: got {out}, expected a URL, or an absolute path on a file system that all nodes share")
+        raise InputError(f"out: got {out}, expected a URL, or an absolute path on a file system that all nodes share")
     if not file.is_relative_to(Path.cwd()):
-        raise ValueError(f"study: got {file}, expected a file below {Path.cwd()}, the only folder a Ray job uploads")
+        raise InputError(f"study: got {file}, expected a file below {Path.cwd()}, the only folder a Ray job uploads")
     _prepare(study)
     env = yaml.safe_load(Path(__file__).with_name("ray-env.yaml").read_text())
     command = ["python", "-m", "jobs.study", "run", str(file.relative_to(Path.cwd())), "--only"]
@@ -126,7 +127,7 @@ def _submit_jobs(study: Study, todo: Sequence[Run], options: Execute) -> None:
             )
             print(f"{name}: submitted", flush=True)
     except (RuntimeError, RayError) as error:
-        raise ValueError(f"Ray rejected the job: {first_line(error)}") from error
+        raise InputError(f"Ray rejected the job: {first_line(error)}") from error
 
 
 def _find(study: Study, which: str) -> Run:
@@ -134,7 +135,7 @@ def _find(study: Study, which: str) -> Run:
     if which.isdecimal() and which not in names and int(which) < len(names):
         return study.runs[int(which)]
     if which not in names:
-        raise ValueError(f"--only: got {which!r}, expected 0 to {len(names) - 1}, or one of {', '.join(names)}")
+        raise InputError(f"--only: got {which!r}, expected 0 to {len(names) - 1}, or one of {', '.join(names)}")
     return study.runs[names.index(which)]
 
 
@@ -149,7 +150,7 @@ def _prepare(study: Study) -> None:
     config, options = study.runs[0].config, study.evaluation
     rates = (None, 0, *config.ema_rates)
     if options.ema_rate not in rates:
-        raise ValueError(f"evaluate.ema_rate: got {options.ema_rate}, expected {', '.join(map(str, rates[2:]))}, or 0")
+        raise InputError(f"evaluate.ema_rate: got {options.ema_rate}, expected {', '.join(map(str, rates[2:]))}, or 0")
     study.store.check(write=True, once=True)
     provide_digits(config)
     data = Store(options.data or config.data.url, config.storage)
@@ -183,10 +184,10 @@ def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
             return INTERRUPTED_STATUS
         try:
             measure(study, run, budget)
-        except ValueError as error:
+        except UserError as error:
             problems.append(f"{run.name} cannot be measured at {budget:.4g} FLOPs: {error}")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise InputError("\n".join(problems))
     return 0
 
 

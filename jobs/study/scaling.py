@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
+from pipeline.errors import InputError, UserError
 from pipeline.evaluation.measured import Measured, check_comparable
 
 Array = NDArray[np.float64]
@@ -53,14 +54,14 @@ class ComputePoint(Measured):
 
 
 def check_points(points: Sequence[ComputePoint]) -> None:
-    """Raise ValueError if the points are not comparable."""
+    """Raise InputError if the points are not comparable."""
     for point in points:
         if not (point.value > 0 and math.isfinite(point.value)):
-            raise ValueError(f"{point.run}: got the value {point.value}, expected a positive number")
+            raise InputError(f"{point.run}: got the value {point.value}, expected a positive number")
         try:
             check_comparable(points[0], point)
-        except ValueError as error:
-            raise ValueError(f"{points[0].run} and {point.run}: {error}") from None
+        except UserError as error:
+            raise InputError(f"{points[0].run} and {point.run}: {error}") from None
 
 
 NAMES = {("C",): ("E", "A", "a"), ("N", "D"): ("E", "A", "B", "alpha", "beta")}
@@ -121,21 +122,21 @@ class ScalingFit:
 
 
 def fit_frontier(points: Sequence[ComputePoint], resamples: int = RESAMPLES) -> ScalingFit:
-    """Fit L(C) to the best size at each budget. Raises ValueError for fewer than 4 budgets or 4 runs there."""
+    """Fit L(C) to the best size at each budget. Raises InputError for fewer than 4 budgets or 4 runs there."""
     check_points(points)
     best = frontier(points)
     if len(best) < 4:
-        raise ValueError(f"frontier: got {len(best)} budgets, expected 4 or more for the 3 parameters of E + A C^-a")
+        raise InputError(f"frontier: got {len(best)} budgets, expected 4 or more for the 3 parameters of E + A C^-a")
     chosen = [p for p in points if any(p.budget == b.budget and p.parameters == b.parameters for b in best)]
     return _fit(("C",), np.log([[p.flops] for p in chosen]), chosen, 4, resamples)
 
 
 def fit_size_data(points: Sequence[ComputePoint], resamples: int = RESAMPLES) -> ScalingFit:
-    """Fit L(N, D) to all points. Raises ValueError for fewer than 3 sizes, 6 runs or 8 points."""
+    """Fit L(N, D) to all points. Raises InputError for fewer than 3 sizes, 6 runs or 8 points."""
     check_points(points)
     sizes = {p.parameters for p in points}
     if len(sizes) < 3 or len(points) < 8:
-        raise ValueError(
+        raise InputError(
             f"L(N, D): got {len(points)} points of {len(sizes)} sizes, expected 8 or more points of 3 or more sizes"
             " for its 5 parameters"
         )
@@ -148,7 +149,7 @@ def _fit(
     log_y = np.log([p.value for p in points])
     names = sorted({p.run for p in points})
     if len(names) < min_runs:
-        raise ValueError(
+        raise InputError(
             f"{'L(C)' if len(inputs) == 1 else 'L(N, D)'}: got {len(names)} runs, expected {min_runs} or more; add"
             " seeds, sizes or separate budgets (more checkpoints of the same runs do not help)"
         )
@@ -335,13 +336,13 @@ def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: floa
     """Return the optimum for a budget, and the lower and upper ends of its intervals.
 
     FLOPs per image are fitted as a power of N, C = k N^kappa D. With B D^-beta as a power of N, dL/dN = 0 then has a
-    closed-form solution. Raises ValueError if the points bracket no optimum at any budget or do not determine it.
+    closed-form solution. Raises InputError if the points bracket no optimum at any budget or do not determine it.
     """
     assert fit.inputs == ("N", "D")
     if open_ := [name for name in fit.undetermined if name != "E"]:  # the floor moves no optimum
-        raise ValueError(f"compute-optimal size: the points do not determine {', '.join(open_)} of L(N, D)")
+        raise InputError(f"compute-optimal size: the points do not determine {', '.join(open_)} of L(N, D)")
     if all(b.edge for b in frontier(points)):
-        raise ValueError(
+        raise InputError(
             "compute-optimal size: at every budget the best size is the smallest or largest measured, so the points"
             " show no optimum; add sizes beyond that edge, or budgets whose best size lies inside"
         )
@@ -360,7 +361,7 @@ def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: floa
     best_logs = solve(fit.theta[None])[0]
     low, high = fit.interval(best_logs, solve(fit.samples))
     if high[0] - low[0] > math.log(1e3):
-        raise ValueError(
+        raise InputError(
             f"compute-optimal size: its interval is {math.exp(low[0]):.2g} to {math.exp(high[0]):.2g} weights; the"
             " points do not determine it; add seeds, sizes or budgets"
         )
@@ -385,7 +386,7 @@ class HeldOut:
 def hold_out(points: Sequence[ComputePoint], law: str, resamples: int = RESAMPLES) -> HeldOut:
     """Fit a law ("L(C)" or "L(N, D)") to all but the largest budget and predict a measurement at that budget.
 
-    Raises ValueError if the remaining points are too few to fit.
+    Raises InputError if the remaining points are too few to fit.
     """
     last = max(p.budget for p in points)
     rest = [p for p in points if p.budget < last]

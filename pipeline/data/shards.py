@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.errors import InputError
 from pipeline.storage.errors import StorageError
 from pipeline.storage.store import Store
 
@@ -155,7 +156,7 @@ def parse_index(data: bytes, where: str) -> ShardIndex:
         if content["format"] != FORMAT:
             raise StorageError(f"{where} has format {content['format']}, expected {FORMAT}: prepare it again")
         if _digest(content) != digest:
-            raise ValueError("its digest does not match")
+            raise InputError("its digest does not match")
         entries = content["shards"]
         columns = {
             name: np.concatenate([np.asarray(entry[name], np.int64) for entry in entries] or [np.empty(0, np.int64)])

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.data.stream import permutation
+from pipeline.errors import InputError
 from pipeline.images import load_image
 from pipeline.storage.backends import unless_missing
 
@@ -58,7 +59,7 @@ def imagenet64(source: Path, scratch: Path) -> list[Split]:
     files = {"train": [source / f"train_data_batch_{i}.npz" for i in range(1, 11)], "val": [source / "val_data.npz"]}
     missing = [path.name for paths in files.values() for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(f"source: {source} lacks {', '.join(missing)}; expected the 11 files of ImageNet 64x64 (npz)")
+        raise InputError(f"source: {source} lacks {', '.join(missing)}; expected the 11 files of ImageNet 64x64 (npz)")
     return [_npz_split(name, paths, scratch) for name, paths in files.items()]
 
 
@@ -67,14 +68,14 @@ def _npz_split(name: str, paths: Sequence[Path], scratch: Path) -> Split:
     for path in tqdm(paths, f"{name}: reading", unit="file", **_BAR):
         with _naming(path), np.load(path, allow_pickle=False) as archive:
             if not {"data", "labels"} <= set(archive.files):
-                raise ValueError(f"has {', '.join(archive.files)}, expected data and labels")
+                raise InputError(f"has {', '.join(archive.files)}, expected data and labels")
             labels.append(np.asarray(archive["labels"]).reshape(-1))
             if not np.issubdtype(labels[-1].dtype, np.integer) or np.any((labels[-1] < 1) | (labels[-1] > 1000)):
-                raise ValueError("labels: expected whole numbers from 1 to 1000")
+                raise InputError("labels: expected whole numbers from 1 to 1000")
             pixels.append(_map_array(path, "data.npy", scratch))
             if pixels[-1].shape != (len(labels[-1]), 3 * 64 * 64) or pixels[-1].dtype != np.uint8:
                 got = f"{pixels[-1].dtype} {list(pixels[-1].shape)}"
-                raise ValueError(f"data: got {got}, expected uint8 [{len(labels[-1])}, 12288]")
+                raise InputError(f"data: got {got}, expected uint8 [{len(labels[-1])}, 12288]")
     starts = np.cumsum([0] + [len(part) for part in labels])
 
     def load(i: int) -> np.ndarray:
@@ -93,7 +94,7 @@ def _map_array(path: Path, member: str, scratch: Path) -> np.ndarray:
     with zipfile.ZipFile(path) as archive, archive.open(member) as packed:
         free, size = shutil.disk_usage(scratch).free, archive.getinfo(member).file_size
         if free < size:
-            raise ValueError(f"needs {size:,} bytes in {scratch}, {free:,} are free: give --scratch")
+            raise InputError(f"needs {size:,} bytes in {scratch}, {free:,} are free: give --scratch")
         with target.open("wb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)
     return np.load(target, mmap_mode="r", allow_pickle=False)
@@ -104,19 +105,19 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 def folder(source: Path, size: int, grey: bool, val_fraction: float) -> list[Split]:
     if not source.is_dir():
-        raise ValueError(f"source: {source} is not a directory")
+        raise InputError(f"source: {source} is not a directory")
     files = sorted(_images(source))
     if not files:
-        raise ValueError(f"source: {source} contains no .png, .jpg or .jpeg file")
+        raise InputError(f"source: {source} contains no .png, .jpg or .jpeg file")
     class_names = sorted({path.split("/")[0] for path in files if "/" in path})
     loose = [path for path in files if "/" not in path]
     if class_names and loose:
-        raise ValueError(
+        raise InputError(
             f"source: {source} contains both class folders ({class_names[0]}…) and {len(loose)} images of "
             f"no class ({loose[0]}…): move those into a class folder or elsewhere"
         )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 from pipeline.data.cache import _REPAIR, Cache, _File, _in_memory, _verify
 from pipeline.data.shards import ShardIndex, damage
+from pipeline.errors import InputError
 
 
 def _hashes(values: np.ndarray, *key: int | str) -> np.ndarray:
@@ -189,7 +190,7 @@ def samples(
     """
     wanted = np.asarray(ids, np.int64).reshape(-1)
     if wanted.size and not 0 <= wanted.min() <= wanted.max() < index.num_samples:
-        raise ValueError(f"ids: got {wanted.min()}..{wanted.max()}, expected 0..{index.num_samples - 1}")
+        raise InputError(f"ids: got {wanted.min()}..{wanted.max()}, expected 0..{index.num_samples - 1}")
     reader = Reader(store, index, cache)
     try:
         return reader.read(wanted)
@@ -236,16 +237,16 @@ def stream(
 
     hi = batch_size if hi is None else hi
     if not index.num_samples:
-        raise ValueError(f"the {index.split} dataset at {store} is empty")
+        raise InputError(f"the {index.split} dataset at {store} is empty")
     for name, got, least in (("position", position, 0), ("batch_size", batch_size, 1), ("window", window, 1),
                              ("workers", workers, 1), ("ahead", ahead, 1)):  # fmt: skip
         if got < least:
-            raise ValueError(f"data.{name}: got {got}, expected at least {least}")
+            raise InputError(f"data.{name}: got {got}, expected at least {least}")
     if not 0 <= lo <= hi <= batch_size:
-        raise ValueError(f"data slice: got {lo}..{hi}, expected 0 <= lo <= hi <= batch_size = {batch_size}")
+        raise InputError(f"data slice: got {lo}..{hi}, expected 0 <= lo <= hi <= batch_size = {batch_size}")
     need = sum(sorted(shard.bytes for shard in index.shards)[-2 * window :])
     if cache and store.local is None and cache.max_bytes < need:
-        raise ValueError(
+        raise InputError(
             f"data cache: got {cache.max_bytes} bytes, expected at least {need}, two windows of "
             f"{window} shards of {store}: raise --data.cache-gb or lower --data.window"
         )

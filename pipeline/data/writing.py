@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pipeline.data.shards import Encoding, ShardIndex, damage, index_json, load_index, pack_shard, parse_index
 from pipeline.data.sources import _BAR, Split
 from pipeline.data.stream import permutation
+from pipeline.errors import InputError
 from pipeline.images import Unreadable
 from pipeline.storage.backends import StorageConfig
 from pipeline.storage.errors import DamagedError, StorageError
@@ -41,7 +42,7 @@ class Output:
     def __post_init__(self) -> None:
         for name in ("shard_size", "workers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+                raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
 
 def write_split(store: Store, split: Split, options: Output) -> tuple[ShardIndex, list[str]]:
@@ -75,7 +76,7 @@ def write_split(store: Store, split: Split, options: Output) -> tuple[ShardIndex
     entries = [report["entry"] for report in reports if report["entry"]["label"]]
     unreadable = sorted(name for report in reports for name in report["skipped"])
     if not entries:
-        raise ValueError(f"none of the {len(order)} images could be read: {'; '.join(unreadable[:3])}")
+        raise InputError(f"none of the {len(order)} images could be read: {'; '.join(unreadable[:3])}")
     index = index_json(
         entries,
         split=split.name,
@@ -103,7 +104,7 @@ def _load(
 
 
 def _finished(store: Store, split: str, recipe: str) -> dict[str, dict[str, Any]]:
-    """Return the reports of shards written earlier, by name. Raises ValueError if they are of another dataset."""
+    """Return the reports of shards written earlier, by name. Raises InputError if they are of another dataset."""
     found = [json.loads(store.read(name)) for name in _parts(store, split)]
     with contextlib.suppress(FileNotFoundError):
         data = store.read(f"{split}.index.json")
@@ -114,7 +115,7 @@ def _finished(store: Store, split: str, recipe: str) -> dict[str, dict[str, Any]
         except StorageError as error:
             print(f"warning: {error}; rewriting all of {split}", file=sys.stderr)
     if any(report["recipe"] != recipe for report in found):
-        raise ValueError(
+        raise InputError(
             f"out: {store} contains {split} shards from another source or other options; choose another "
             "--out, or delete that dataset"
         )
@@ -156,7 +157,7 @@ def verify(store: Store) -> list[str]:
     """Check every shard's size and sha256 and print a summary; return a line for each damaged shard."""
     splits = [n.removesuffix(".index.json") for n in store.list() if n.endswith(".index.json") and "/" not in n]
     if not splits:
-        raise ValueError(f"url: {store} contains no dataset (no *.index.json)")
+        raise InputError(f"url: {store} contains no dataset (no *.index.json)")
     found = []
     for split in splits:
         index = load_index(store, split)

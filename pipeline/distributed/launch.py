@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import LaunchConfig
-from pipeline.distributed.world import RankFailure, World, _patience, fail_together, pick_device
+from pipeline.distributed.world import World, _patience, fail_together, pick_device
+from pipeline.errors import InputError, UserError
 from pipeline.masking import first_line
-from pipeline.run.checkpoint import StaleAttempt
 from pipeline.run.interrupted import INTERRUPTED_STATUS
 
 
@@ -37,7 +37,7 @@ def detect_launcher(env: Mapping[str, str] = os.environ) -> str:
 
 
 def connect(config: LaunchConfig) -> World:
-    """Join the other processes of this launch. Raises ValueError if the launcher or the device is unavailable."""
+    """Join the other processes of this launch. Raises InputError if the launcher or the device is unavailable."""
     launcher = detect_launcher() if config.launcher == "auto" else config.launcher
     if launcher == "local":
         return World(device=pick_device(config.device, 0), timeout_s=config.timeout_s)
@@ -45,12 +45,12 @@ def connect(config: LaunchConfig) -> World:
         rank, size, local_rank, local_size = {"torchrun": _torchrun, "mpi": _mpi, "slurm": _slurm}[launcher]()
     except KeyError as missing:
         message = f"--launcher {launcher}: its variable {missing} is not set; start this process with that launcher"
-        raise ValueError(message) from None
+        raise InputError(message) from None
     wanted = config.device
     if launcher == "slurm" and wanted == "auto" and (gpus := int(os.environ.get("SLURM_GPUS_ON_NODE", 0))):
         wanted = "cuda"  # a node whose GPUs have failed must not join the others with its CPU
         if gpus < local_size:
-            raise ValueError(f"--ntasks-per-node: got {local_size}, expected {gpus}, the job's GPUs on this node")
+            raise InputError(f"--ntasks-per-node: got {local_size}, expected {gpus}, the job's GPUs on this node")
     device = pick_device(wanted, local_rank)
     if size > 1:
         join(config, rank, size, device)
@@ -63,7 +63,7 @@ def join(config: LaunchConfig, rank: int, size: int, device: torch.device) -> No
     try:
         socket.getaddrinfo(host, None)
     except OSError:
-        raise ValueError(
+        raise InputError(
             f"the name of rank 0's node, {host!r}, does not resolve here; set MASTER_ADDR to one that does"
         ) from None
     dist.init_process_group(
@@ -93,14 +93,14 @@ def _mpi() -> tuple[int, int, int, int]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ValueError(f"mpi4py finds no MPI library ({first_line(error)}). {_MPI_ADVICE}") from error
+        raise InputError(f"mpi4py finds no MPI library ({first_line(error)}). {_MPI_ADVICE}") from error
 
     comm = MPI.COMM_WORLD
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
     expected = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or comm.size)
     if comm.size != expected:
         library = MPI.Get_library_version().split(",")[0].splitlines()[0]
-        raise ValueError(
+        raise InputError(
             f"mpirun started {expected} processes, but mpi4py's MPI library ({library}) sees {comm.size}: it"
             f" belongs to another MPI than mpirun. {_MPI_ADVICE}"
         )
@@ -162,7 +162,7 @@ def run_main(body: Callable[[World], int | None], config: LaunchConfig) -> NoRet
     except Exception as error:
         status = 1
         if world is None or world.should_tell(error):
-            if isinstance(error, (ValueError, OSError, RankFailure, StaleAttempt)):
+            if isinstance(error, (UserError, OSError)):
                 prefix = f"rank {world.rank}: " if world and world.rank else ""
                 print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
             else:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.config import LaunchConfig
 from pipeline.distributed.world import RankFailure, World, fail_together, pick_device
-from pipeline.run.checkpoint import StaleAttempt
+from pipeline.errors import InputError, PermanentError
 
 
 def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> int:
@@ -39,7 +39,7 @@ def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> 
     use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
     workers = config.workers or (gpus if use_gpu else cpus)
     if workers < config.min_workers:
-        raise ValueError(f"--workers: got {workers}, expected --min-workers {config.min_workers} or more")
+        raise InputError(f"--workers: got {workers}, expected --min-workers {config.min_workers} or more")
     print(f"Ray: {workers} workers on a cluster with {gpus} GPUs and {cpus} CPUs", flush=True)
     if workers > (gpus if use_gpu else cpus):
         least = f"{config.min_workers} {'GPUs' if use_gpu else 'CPUs'}"
@@ -136,7 +136,7 @@ def _work(body: Callable[[World], int | None], config: LaunchConfig, folder: str
     try:
         with fail_together(world):
             return body(world)
-    except (ValueError, StaleAttempt) as error:
+    except PermanentError as error:
         ray.get(flag.give_up.remote(str(error)))  # Ray would retry if others were killed before they know
         return str(error)
     except RankFailure as failure:

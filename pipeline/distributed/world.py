@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.distributed.liveness import SELF_REPORTED, Liveness, listen
+from pipeline.errors import InputError, UserError
 from pipeline.masking import first_line
-from pipeline.run.checkpoint import StaleAttempt
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 Job = tuple["Future[Any]", Callable[[], Any]]
 
 
-class RankFailure(RuntimeError):
+class RankFailure(UserError):
     """Another rank died, hangs or failed; the message names it."""
 
     self_reported = False
@@ -278,13 +278,13 @@ def _patience(timeout_s: float, device: torch.device) -> timedelta:
 def pick_device(name: str, local_rank: int) -> torch.device:
     """Return the device of the rank with this number on its node."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; give --device cpu, or fix the driver")
+        raise InputError("--device cuda: torch finds no GPU here; give --device cpu, or fix the driver")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     # A launcher may show each task only its own GPU (srun --gpus-per-task), or all of the node's.
     count = torch.cuda.device_count()
     if local_rank >= count and (count > 1 or "CUDA_VISIBLE_DEVICES" not in os.environ):
-        raise ValueError(
+        raise InputError(
             f"local rank {local_rank} has no GPU: this node shows {count}; start at most that many workers per node"
         )
     device = torch.device("cuda", local_rank % count)
@@ -301,9 +301,6 @@ def fail_together(world: World) -> Iterator[World]:
     try:
         yield world
         world.close()
-    except (RankFailure, StaleAttempt) as error:
-        world.report_failure(error)
-        raise
     except RuntimeError as error:  # what gloo and NCCL raise, among others
         if failure := world.explain(error):
             raise failure from error

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.data.shards import ShardIndex
 from pipeline.data.stream import stream
 from pipeline.distributed.world import World
+from pipeline.errors import InputError
 from pipeline.evaluation.resumable import Block
 from pipeline.masking import mask
 from pipeline.storage.backends import StorageConfig
@@ -70,7 +71,7 @@ class Features:
 def inception_features(weights: str | None, download: bool, storage: StorageConfig, device: torch.device) -> Features:
     """Load the 2015-12-05 Inception network from a path, a URL, torch's cache or, if allowed, its publisher.
 
-    Raises ValueError if the weights are unavailable or are not the expected ones.
+    Raises InputError if the weights are unavailable or are not the expected ones.
     """
     path = _inception_path(weights, download, storage)
     _check_inception(str(path), path.read_bytes())
@@ -81,14 +82,14 @@ def inception_features(weights: str | None, download: bool, storage: StorageConf
 def _check_inception(where: str, data: bytes) -> None:
     digest = hashlib.sha256(data).hexdigest()
     if not digest.startswith(INCEPTION_SHA256):
-        raise ValueError(f"{where}: not the Inception weights: sha256 {digest[:16]}…, expected {INCEPTION_SHA256}…")
+        raise InputError(f"{where}: not the Inception weights: sha256 {digest[:16]}…, expected {INCEPTION_SHA256}…")
 
 
 def _inception_path(weights: str | None, download: bool, storage: StorageConfig) -> Path:
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
     if weights and "://" not in weights:
         if not Path(weights).is_file():
-            raise ValueError(f"--inception {weights}: no such file")
+            raise InputError(f"--inception {weights}: no such file")
         return Path(weights)
     if weights and not weights.startswith("http"):
         store, name = locate(weights, storage)
@@ -100,12 +101,12 @@ def _inception_path(weights: str | None, download: bool, storage: StorageConfig)
         try:
             torch.hub.download_url_to_file(weights or INCEPTION_URL, str(cached), INCEPTION_SHA256)
         except (URLError, OSError, RuntimeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"the Inception weights cannot be downloaded here ({error}). Fetch {INCEPTION_URL} elsewhere and pass"
                 " its path with --inception, or use --features trained"
             ) from error
     if not cached.exists():
-        raise ValueError(
+        raise InputError(
             "Image metrics need the Inception weights of 2015-12-05: pass --inception PATH_OR_URL, allow --download,"
             f" put {cached.name} into {cached.parent}, or use a network trained on the data itself: --features trained"
         )
@@ -118,7 +119,7 @@ def torch_fidelity_features(name: str, weights: Path | None, device: torch.devic
 
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         have = ", ".join(["inception", "trained", *FEATURE_EXTRACTORS_REGISTRY])
-        raise ValueError(f"--features: got {name!r}, expected one of {have}")
+        raise InputError(f"--features: got {name!r}, expected one of {have}")
     kind = FEATURE_EXTRACTORS_REGISTRY[name]
     layers = [kind.get_default_feature_layer_for_metric("fid")]
     if name in CLASSIFIERS:
@@ -126,7 +127,7 @@ def torch_fidelity_features(name: str, weights: Path | None, device: torch.devic
     try:
         extractor = kind(name, layers, feature_extractor_weights_path=weights and str(weights), verbose=False)
     except (URLError, OSError) as error:
-        raise ValueError(f"--features {name}: its weights cannot be downloaded here ({error})") from error
+        raise InputError(f"--features {name}: its weights cannot be downloaded here ({error})") from error
     extractor = extractor.to(device).eval().requires_grad_(False)
 
     def network(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,10 +166,10 @@ class Classifier(nn.Module):
 def trained_features(data: Store, index: ShardIndex, world: World, steps: int = 500) -> Features:
     """Train a classifier on the dataset's own labels, deterministically, and cache its weights next to the shards.
 
-    For data unlike photographs, and machines without the Inception weights. Raises ValueError without class labels.
+    For data unlike photographs, and machines without the Inception weights. Raises InputError without class labels.
     """
     if index.num_classes < 2:
-        raise ValueError("--features trained: needs class labels; this dataset has none")
+        raise InputError("--features trained: needs class labels; this dataset has none")
     network = Classifier(index.shape[0], index.num_classes)
     recipe = hashlib.sha256(f"{network}{steps}".encode()).hexdigest()[:8]
     name = f"{CACHE}/features-{index.digest}-{recipe}.safetensors"

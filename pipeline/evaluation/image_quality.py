@@ -21,6 +21,7 @@ from pipeline.data.cache import Cache
 from pipeline.data.shards import ShardIndex
 from pipeline.data.stream import Reader
 from pipeline.distributed.world import World
+from pipeline.errors import InputError
 from pipeline.evaluation.features import CACHE, Batches, Features, _keep
 from pipeline.evaluation.resumable import Block
 from pipeline.masking import mask
@@ -58,10 +59,10 @@ class Moments:
             world.sum_(tensor)
 
     def mean_covariance(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean [D] and unbiased covariance [D, D], float64; raises ValueError for fewer than two vectors."""
+        """Return the mean [D] and unbiased covariance [D, D], float64; raises InputError for fewer than two vectors."""
         n = float(self.count)
         if n < 2:
-            raise ValueError(f"moments: got {n:.0f} images, expected 2 or more")
+            raise InputError(f"moments: got {n:.0f} images, expected 2 or more")
         mean = self.total / n
         covariance = (self.square - n * torch.outer(mean, mean)) / (n - 1)
         return mean.cpu().numpy(), covariance.cpu().numpy()
@@ -154,11 +155,11 @@ def npz_reference(
         with np.load(file, allow_pickle=False) as npz:
             names = set(npz.files)
             if not names & {"arr_0", "mu"}:
-                raise ValueError(f"--reference {mask(url)}: got {sorted(names)}, expected arr_0, or mu and sigma")
+                raise InputError(f"--reference {mask(url)}: got {sorted(names)}, expected arr_0, or mu and sigma")
             if "mu" in names and features.name == "inception":
                 moments = npz["mu"], npz["sigma"]
             elif "arr_0" not in names:
-                raise ValueError(
+                raise InputError(
                     f"--reference {mask(url)}: got only Inception's mu and sigma, expected arr_0 for {features.name}"
                     " features"
                 )
@@ -199,7 +200,7 @@ def npz_images(file: IO[bytes], batch_size: int, first: int = 0, every: int = 1)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(array)
         if fortran or dtype != np.uint8 or len(shape) != 4:
-            raise ValueError(f"--reference: arr_0 is {dtype} {shape}, expected uint8 [N, H, W, C]")
+            raise InputError(f"--reference: arr_0 is {dtype} {shape}, expected uint8 [N, H, W, C]")
         size = int(np.prod(shape[1:]))
         for number, start in enumerate(range(0, shape[0], batch_size)):
             n = min(batch_size, shape[0] - start)
@@ -222,7 +223,7 @@ def image_metrics(
     if "fid" in wanted:
         mean, _ = reference.moments
         if mean.shape != rows.shape[1:]:
-            raise ValueError(
+            raise InputError(
                 f"reference moments: got {len(mean)} dimensions, expected {rows.shape[1]} for {features.name} features"
             )
         moments = Moments.zero(rows.shape[1], features.device)
@@ -250,7 +251,7 @@ def feature_metrics(
     found: dict[str, tuple[float, dict[str, Any]]] = {}
     if "is" in wanted:
         if not logits.shape[1]:
-            raise ValueError("is: needs a classifier; these features have no logits")
+            raise InputError("is: needs a classifier; these features have no logits")
         found["is"] = isc_features_to_metric(logits)["inception_score_mean"], {}
     if real is not None and "kid" in wanted:
         size = min(KID_SUBSET, len(drawn), len(real))
@@ -258,7 +259,7 @@ def feature_metrics(
         found["kid"] = value["kernel_inception_distance_mean"], {"subset": size}
     if real is not None and wanted & {"precision", "recall"}:
         if not 1 <= k < min(len(drawn), len(real)):
-            raise ValueError(f"--neighbours: got {k}, expected 1 to {min(len(drawn), len(real)) - 1}")
+            raise InputError(f"--neighbours: got {k}, expected 1 to {min(len(drawn), len(real)) - 1}")
         both = prc_features_to_metric(
             drawn.to(device), real.to(device), prc_neighborhood=k, save_cpu_ram=True, verbose=False
         )

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.errors import InputError
+
 NORMAL_95 = 1.959964  # the normal distribution's 97.5 % quantile
 
 
@@ -33,7 +35,7 @@ class Measured:
 
 
 def check_comparable(a: Measured, b: Measured) -> None:
-    """Raise ValueError, naming the differing fields, unless both values come from the same measurement."""
+    """Raise InputError, naming the differing fields, unless both values come from the same measurement."""
     differ = [
         f"{name}: {a.passport.get(name)} and {b.passport.get(name)}"
         for name in sorted(a.passport.keys() | b.passport.keys())
@@ -42,4 +44,4 @@ def check_comparable(a: Measured, b: Measured) -> None:
     if a.name != b.name:
         differ.insert(0, f"{a.name} and {b.name}")
     if differ:
-        raise ValueError(f"{a.name} and {b.name} are not comparable: they differ in {'; '.join(differ)}")
+        raise InputError(f"{a.name} and {b.name} are not comparable: they differ in {'; '.join(differ)}")

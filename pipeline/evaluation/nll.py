@@ -29,6 +29,7 @@ from iddpm.noise import normal, stream_key, uniform
 from iddpm.schedule import respace
 from pipeline.data.stream import permutation
 from pipeline.distributed.world import World
+from pipeline.errors import InputError
 from pipeline.evaluation.resumable import Block, Blocks
 from pipeline.model import Trained, autocast
 from pipeline.storage.store import Store
@@ -62,13 +63,13 @@ class NllPlan:
     def __post_init__(self) -> None:
         count = (self.chain or "1").removeprefix("best")
         if not count.isdecimal() or int(count) < 1:
-            raise ValueError(f"--chain: got {self.chain!r}, expected a number of steps, such as 25 or best25")
+            raise InputError(f"--chain: got {self.chain!r}, expected a number of steps, such as 25 or best25")
         if self.best and not 2 <= int(count) <= PATH_GRID:
-            raise ValueError(f"--chain: got {self.chain!r}, expected best2 to best{PATH_GRID}")
+            raise InputError(f"--chain: got {self.chain!r}, expected best2 to best{PATH_GRID}")
         if self.target_se is not None and not self.target_se > 0:
-            raise ValueError(f"--target-se: got {self.target_se}, expected bits/dim above 0")
+            raise InputError(f"--target-se: got {self.target_se}, expected bits/dim above 0")
         if self.draws < 1:
-            raise ValueError(f"--draws: got {self.draws}, expected 1 or more")
+            raise InputError(f"--draws: got {self.draws}, expected 1 or more")
 
     @property
     def best(self) -> bool:
@@ -80,9 +81,9 @@ class NllPlan:
         return int((self.chain or str(timesteps)).removeprefix("best"))
 
     def check(self, timesteps: int) -> None:
-        """Raise ValueError if a model with T timesteps has no such chain."""
+        """Raise InputError if a model with T timesteps has no such chain."""
         if self.steps(timesteps) > timesteps:
-            raise ValueError(f"--chain: got {self.chain}, expected at most the run's {timesteps} timesteps")
+            raise InputError(f"--chain: got {self.chain}, expected at most the run's {timesteps} timesteps")
 
     @property
     def name(self) -> str:
@@ -161,7 +162,7 @@ def measure_nll(
     """
     diffusions = {m.config.diffusion for m in models}
     if len({d.timesteps for d in diffusions}) > 1:
-        raise ValueError("--against: the models differ in --diffusion.timesteps, so they share no timesteps to pair")
+        raise InputError("--against: the models differ in --diffusion.timesteps, so they share no timesteps to pair")
     n, size = min(plan.images, num_samples), plan.images_per_call
     ids = permutation(num_samples, "evaluation", plan.seed)[:n]
     blocks = Blocks(world, store, "nll", (identity, plan.__dict__, num_samples))

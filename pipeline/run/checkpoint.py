@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
+from pipeline.errors import InputError, PermanentError
 from pipeline.storage.errors import DamagedError
 from pipeline.storage.store import Store
 
@@ -39,11 +40,11 @@ Parts = dict[str, dict[str, torch.Tensor]]
 THREADS = 4  # concurrent requests for parts or records
 
 
-class StaleAttempt(RuntimeError):
+class StaleAttempt(PermanentError):
     """A newer attempt has taken over this run: this one must stop and has committed nothing since."""
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(PermanentError):
     """A checkpoint's data is missing or does not match its record."""
 
 
@@ -109,13 +110,13 @@ class Checkpoints:
         """Load the newest intact checkpoint (or the one at `step`) and its parts; None if the run has no checkpoint.
 
         `parts` names the parts to read (default: all). If a checkpoint is damaged, falls back to the one before it.
-        Raises DamagedCheckpoint if all of them are damaged, ValueError if there is no checkpoint of `step`.
+        Raises DamagedCheckpoint if all of them are damaged, InputError if there is no checkpoint of `step`.
         """
         committed = [record for record in self.records() if record.kind == "checkpoint"]
         candidates = [record for record in committed if step in (None, record.step)]
         if step is not None and not candidates:
             have = sorted({record.step for record in committed})
-            raise ValueError(f"{self.store}: no checkpoint of step {step}; available steps: {have}")
+            raise InputError(f"{self.store}: no checkpoint of step {step}; available steps: {have}")
         problems = []
         for record in reversed(candidates):
             try:
@@ -137,7 +138,7 @@ class Checkpoints:
     def _read_part(self, record: Record, part: str) -> dict[str, torch.Tensor]:
         where = f"checkpoint of step {record.step}, part {part}"
         if part not in record.parts:
-            raise ValueError(f"{where}: no such part; expected one of {', '.join(record.parts)}")
+            raise InputError(f"{where}: no such part; expected one of {', '.join(record.parts)}")
         file, sha256 = record.parts[part]["file"], record.parts[part]["sha256"]
         try:
             return load_safetensors(self.store.read(f"data/{file}", sha256))

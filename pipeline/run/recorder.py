@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.config import TrainConfig, check_same_run, record
 from pipeline.data.shards import ShardIndex
 from pipeline.distributed.world import World
+from pipeline.errors import InputError
 from pipeline.hardware import device_name
 from pipeline.run.checkpoint import Checkpoints, Parts, StaleAttempt
 from pipeline.run.interrupted import INTERRUPTED_FILE, slurm_attempt
@@ -19,14 +20,14 @@ from pipeline.storage.store import Store
 def load_newest(config: TrainConfig, index: ShardIndex) -> tuple[dict[str, Any], Parts]:
     """Load the run's newest checkpoint: its metadata, with its `step`, and its parts; both empty if there is none.
 
-    Raises ValueError if this configuration or dataset would not continue the run.
+    Raises InputError if this configuration or dataset would not continue the run.
     """
     run = Store(config.out, config.storage)
     run.check(write=True, once=True)
     run.delete(INTERRUPTED_FILE)  # left by an earlier attempt
     found = Checkpoints(run).newest()
     if found and "optimizer" not in found[0].parts:
-        raise ValueError(
+        raise InputError(
             f"--out {config.out} holds converted weights, which can only be sampled and evaluated; give another --out"
         )
     if not found:
@@ -34,7 +35,7 @@ def load_newest(config: TrainConfig, index: ShardIndex) -> tuple[dict[str, Any],
     newest, parts = found
     check_same_run(newest.meta["config"], config)
     if newest.meta["dataset_digest"] != index.digest:
-        raise ValueError(
+        raise InputError(
             f"--data.url {config.data.url}: got digest {index.digest}, expected {newest.meta['dataset_digest']},"
             f" the data that the run at {config.out} was trained on"
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import InputError
 from pipeline.masking import carries_credentials, mask
 from pipeline.storage.errors import StorageError, _code
 
@@ -42,13 +43,13 @@ class StorageConfig:
 
     def __post_init__(self) -> None:
         if not self.deadline_s > 0:
-            raise ValueError(f"storage.deadline_s: got {self.deadline_s}, expected seconds above 0")
+            raise InputError(f"storage.deadline_s: got {self.deadline_s}, expected seconds above 0")
         if self.endpoint_url is not None:
             if not re.match(r"https?://[^/]", self.endpoint_url):
                 got = mask(self.endpoint_url)
-                raise ValueError(f"storage.endpoint_url: got {got!r}, expected http://host[:port] or https://…")
+                raise InputError(f"storage.endpoint_url: got {got!r}, expected http://host[:port] or https://…")
             if carries_credentials(self.endpoint_url):
-                raise ValueError(
+                raise InputError(
                     f"storage.endpoint_url: {mask(self.endpoint_url)} carries credentials; provide them in "
                     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, never in the address"
                 )
@@ -141,7 +142,7 @@ class _Fsspec:
         try:
             _, self.root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
-            raise ValueError(f"storage URL: {mask(url)!r}: {mask(str(error))}") from error
+            raise InputError(f"storage URL: {mask(url)!r}: {mask(str(error))}") from error
         self.url = url
 
     @property

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
+from pipeline.errors import UserError
 from pipeline.masking import mask
 
 
-class StorageError(OSError):
+class StorageError(UserError, OSError):
     """A storage operation failed permanently; the message tells the user what to do. `errno` is the cause's, if any."""
 
 

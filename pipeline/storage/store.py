@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TypeVar
 
+from pipeline.errors import InputError
 from pipeline.masking import carries_credentials, mask
 from pipeline.storage.backends import _S3, PART, StorageConfig, _Fsspec, _Local
 from pipeline.storage.errors import _ADVICE, _NO_CREATE, DamagedError, StorageError, _advice, _code, _describe
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 
 T = TypeVar("T")
+DEFAULTS = StorageConfig()
 
 
 class Store:
@@ -39,13 +41,13 @@ class Store:
     A Store may be used from several threads and after a fork.
     """
 
-    def __init__(self, url: str | os.PathLike[str], config: StorageConfig = StorageConfig()) -> None:
+    def __init__(self, url: str | os.PathLike[str], config: StorageConfig = DEFAULTS) -> None:
         scheme, separator, rest = os.fspath(url).rpartition("://")
         self.url = scheme + separator + (rest.rstrip("/") or rest[:1])
         self.config = config
         self._backend: _Local | _S3 | _Fsspec
         if carries_credentials(self.url):
-            raise ValueError(
+            raise InputError(
                 f"storage URL: {mask(self.url)} carries credentials, which would be recorded; provide them"
                 " in the environment or the backend's own configuration"
             )
@@ -53,7 +55,7 @@ class Store:
             self._backend = _Local(Path(rest).expanduser())
         elif scheme in ("s3", "s3a"):
             if not rest.split("/")[0]:
-                raise ValueError(f"storage URL: got {self.url!r}, expected s3://bucket/prefix")
+                raise InputError(f"storage URL: got {self.url!r}, expected s3://bucket/prefix")
             self._backend = _S3(rest.rstrip("/"), config)
         else:
             self._backend = _Fsspec(self.url)
@@ -251,7 +253,7 @@ def _join(url: str, name: str) -> str:
 
 def _checked(name: str) -> str:
     if not name or name.startswith("/") or name.endswith("/") or {"", ".", ".."} & set(name.split("/")):
-        raise ValueError(f"storage name: got {name!r}, expected a relative name such as 'a/b.tar'")
+        raise InputError(f"storage name: got {name!r}, expected a relative name such as 'a/b.tar'")
     return name
 
 
