@@ -32,6 +32,6 @@ def missing_package(error: BaseException) -> MissingPackage | None:
     """Explain a failed import, or an error that it caused, by the extra to install; None if it is something else."""
     while error.__cause__ is not None and not isinstance(error, ModuleNotFoundError):
         error = error.__cause__
-    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
+    if isinstance(error, ModuleNotFoundError) and (package := error.name) in EXTRAS:
         return MissingPackage(f"{package} is not installed: pip install 'iddpm-pipeline[{EXTRAS[package]}]'")
     return None
