@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pipeline.config import TrainConfig, check_metrics, horizon_steps
+from pipeline.config import TrainConfig, horizon_steps
 from pipeline.data.cache import Cache
 from pipeline.data.shards import ShardIndex, load_index
 from pipeline.data.stream import epoch_digests, expected_digest, stream
@@ -124,11 +124,10 @@ def _data(config: TrainConfig, world: World) -> ShardIndex:
     """Load the dataset's index. Raises InputError if dataset, model and evaluation do not fit together."""
     data = Store(config.data.url, config.storage)
     index = load_index(data, "train")
-    wanted = check_metrics(config.eval_metrics, "--eval-metrics")
     if config.eval_every:  # report what cannot be measured before hours of training
-        if "nll" in wanted:
+        if "nll" in config.metrics:
             load_index(data, "val")
-        if wanted - {"nll"} and index.num_classes < 2:
+        if config.metrics != ("nll",) and index.num_classes < 2:
             raise InputError(
                 f"--eval-metrics: got {config.eval_metrics}, expected nll: the data have no class labels, on which the"
                 " network for image metrics is trained; use pipeline.evaluate for the others"
