@@ -49,12 +49,13 @@ class _FusedNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, mean, rstd, weight, bias, scale = ctx.saved_tensors
+        x, *coefficients, weight, bias, scale = ctx.saved_tensors
         pixels = _pixels(x)
         grad = _pixels(grads[0])
-        sums = _compiled(_gradient_sums)(grad, pixels, a, b, mean, rstd, ctx.groups, weight[:], bias[:], _flat(scale))
+        sums = _compiled(_gradient_sums)(grad, pixels, *coefficients, ctx.groups, weight[:], bias[:], _flat(scale))
         slope, offset, d_weight, d_bias, *rest = sums
         d_scale, d_shift = (d[:, :, None, None] for d in rest) if rest else (None, None)
+        a, b, _, _ = coefficients
         d_x = _like(x, _compiled(_gradient)(grad, pixels, a, b, slope, offset))
         return d_x, None, d_weight, d_bias, None, d_scale, d_shift
 
