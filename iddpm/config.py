@@ -53,7 +53,7 @@ class UNetConfig:
         for level, mult in enumerate(self.channel_mult):
             width = mult * self.channels
             attended = self.image_size // 2**level in self.attention_resolutions
-            # The middle block has attention in any case, on the smallest feature maps; the upsampling path has not.
+            # The middle block always has attention, on the smallest feature maps; the upsampling path need not.
             heads = self.num_heads if attended or level == halvings else 1
             heads_upsample = self.num_heads_upsample if attended else None
             for flag, count in (("num-heads", heads), ("num-heads-upsample", heads_upsample or 1)):
