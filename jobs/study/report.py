@@ -33,7 +33,7 @@ from pipeline.errors import InputError, UserError
 from pipeline.evaluate import real_floor
 from pipeline.evaluation.measured import Measured
 from pipeline.masking import mask
-from pipeline.run.mlflow import connect, find_or_create_run, tracking_uri
+from pipeline.run.mlflow import connect, find_or_create_run
 from pipeline.storage.errors import StorageError
 
 if TYPE_CHECKING:
@@ -142,10 +142,10 @@ def report(study: Study, out: str | None) -> None:
     (folder / "fit.json").write_text(json.dumps({findings.name: findings.plain() for findings in every}, indent=1))
     (folder / "report.html").write_text(page(study, every, folder))
     print(folder / "report.html")
-    tracking = study.runs[0].config.tracking
-    if tracking.uri != "none":
+    uri = study.runs[0].config.tracking.mlflow_uri
+    if uri:
         try:
-            client = connect(tracking_uri(tracking))
+            client = connect(uri)
             run_id = find_or_create_run(client, study.name, study.parent, study.name, {})
             text = "\n\n".join(findings.text() for findings in every)
             client.set_tag(run_id, "mlflow.note.content", f"```\n{text[:7900]}\n```")  # MLflow's limit is 8,000

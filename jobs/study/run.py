@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+from iddpm.bounds import Count, check_bounds
 from jobs.study.file import OfStudy, Run, Study, load_study
 from jobs.study.plan import count_sizes
 from jobs.study.points import measure, missing
@@ -21,7 +22,7 @@ from pipeline.masking import first_line, mask
 from pipeline.prepare import provide_digits
 from pipeline.run.interrupted import INTERRUPTED_STATUS, was_interrupted
 from pipeline.run.journal import journal_dir
-from pipeline.run.mlflow import connect, find_or_create_run, tracking_uri
+from pipeline.run.mlflow import connect, find_or_create_run
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Execute(OfStudy):
 
     launcher: Literal["local", "slurm", "ray"] = "local"
     """local: on this machine; slurm: submit slurm/study.sh as an array; ray: submit a job for each run."""
-    jobs: int = 1
+    jobs: Count = 1
     """Number of simultaneous runs on this machine."""
     only: str | None = None
     """Only one run, by its name or its number from 0, like each task of a Slurm array."""
@@ -38,8 +39,7 @@ class Execute(OfStudy):
     """Prefix for each training command, such as 'srun --mpi=none --kill-on-bad-exit=1'."""
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise InputError(f"--jobs: got {self.jobs}, expected 1 or more")
+        check_bounds(self, error=InputError)
 
 
 def execute(options: Execute) -> int:
@@ -157,13 +157,13 @@ def _prepare(study: Study) -> None:
         options.plan.check(config.diffusion.timesteps)
         if data.local is None or data.local.exists():  # or only the nodes have it
             load_index(data, options.split)
-    if options.wanted - {"nll"}:
+    if options.image_metrics:
         image_tools(options, config, data, World())
-    tracking = config.tracking
-    if tracking.uri == "none":
+    uri = config.tracking.mlflow_uri
+    if uri is None:
         return
     try:
-        client = connect(tracking_uri(tracking))
+        client = connect(uri)
         client.update_run(find_or_create_run(client, study.name, study.parent, study.name, {}), status="RUNNING")
     except Exception as error:  # a failing tracking server must not stop the study
         reason = mask(str(error))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrackingConfig, flatten
+from pipeline.config import flatten
 from pipeline.masking import first_line, mask
 from pipeline.run.journal import JOURNAL, SHIPPED
 
@@ -19,10 +19,10 @@ BATCH = 200  # journal lines sent at once
 class Shipper:
     """Sends a journal to MLflow from a background thread."""
 
-    def __init__(self, folder: Path, config: TrackingConfig) -> None:
+    def __init__(self, folder: Path, uri: str, flush_s: float) -> None:
         self.folder = folder
-        self.flush_s = config.flush_s
-        self.uri = tracking_uri(config)
+        self.flush_s = flush_s
+        self.uri = uri
         self.run_id: str | None = None
         self.problem: str | None = None
         self._client: Any = None
@@ -106,11 +106,6 @@ class Shipper:
         temporary.write_text(json.dumps({"run_id": self.run_id, "offset": offset + sum(map(len, lines))}))
         temporary.replace(state_path)
         return False
-
-
-def tracking_uri(config: TrackingConfig) -> str:
-    """Return MLflow's URI: configured, from the environment, or the default."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
 def connect(uri: str) -> Any:
