@@ -70,12 +70,10 @@ def write_split(store: Store, split: Split, options: Output) -> tuple[ShardIndex
         return report
 
     # Write the shards, each with a report, so that an interrupted run can be continued.
-    pool = ThreadPoolExecutor(options.workers)
-    with tqdm(total=len(order), desc=split.name, unit="image", **BAR) as bar:
-        try:
-            reports = list(pool.map(write, range(0, len(order), options.shard_size)))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    firsts = range(0, len(order), options.shard_size)
+    progress = tqdm(total=len(order), desc=split.name, unit="image", **BAR)
+    with progress as bar, ThreadPoolExecutor(options.workers) as pool:
+        reports = list(pool.map(write, firsts))  # which cancels the rest if one fails
     entries = [report["entry"] for report in reports if report["entry"]["label"]]
     unreadable = sorted(line for report in reports for line in report["skipped"])
     if not entries:

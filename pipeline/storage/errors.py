@@ -65,33 +65,30 @@ _TRANSIENT = {
 
 def advice(error: Exception) -> str | None:
     """Say what to do about an error that a retry cannot fix; None if a retry may help, or if something is missing."""
-    for cause in _chain(error):
-        if type(cause).__name__ in _ADVICE:
-            return _ADVICE[type(cause).__name__]
-        if "CERTIFICATE_VERIFY_FAILED" in str(cause):
-            return _CERTIFICATE
-    if reply := _reply(error):
-        code, status = reply
-        if code in _ADVICE:
-            return _ADVICE[code]
-        lasting = status not in (404, 408, 409, 429) and code not in _TRANSIENT
-        refused = 400 <= status < 500 and lasting
-        return _REFUSED if refused or status in (301, 501) else None
-    if isinstance(error, OSError) and error.errno:
-        return _ADVICE.get(errno.errorcode.get(error.errno, ""))
-    return None
+    causes = list(_chain(error))
+    code, status = _reply(error)
+    number = 0 if code else getattr(error, "errno", 0)  # s3fs makes up an errno for each code
+    names = [*(type(cause).__name__ for cause in causes), code, errno.errorcode.get(number, "")]
+    for name in names:
+        if name in _ADVICE:
+            return _ADVICE[name]
+    if any("CERTIFICATE_VERIFY_FAILED" in str(cause) for cause in causes):
+        return _CERTIFICATE
+    lasting = status not in (404, 408, 409, 429) and code not in _TRANSIENT
+    refused = 400 <= status < 500 and lasting
+    return _REFUSED if refused or status in (301, 501) else None
 
 
-def error_code(error: BaseException) -> str | None:
-    """Return the S3 error code (else the HTTP status) that the server answered, if this error comes from one."""
-    reply = _reply(error)
-    return reply[0] if reply else None
+def error_code(error: BaseException) -> str:
+    """Return the S3 error code (else the HTTP status) that a server answered; "" if this error comes from none."""
+    return _reply(error)[0]
 
 
 def describe(error: BaseException) -> str:
     """Return an error's code and message on one line, masked."""
-    code = error_code(error)
-    text = f"{code}: {error}" if code and code not in str(error) else str(error) or type(error).__name__
+    code, text = error_code(error), str(error) or type(error).__name__
+    if code not in text:
+        text = f"{code}: {text}"
     return mask(" ".join(text.split()))[:300]
 
 
@@ -101,8 +98,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _reply(error: BaseException) -> tuple[str, int] | None:
-    """Return the error code and the HTTP status that a server answered, of botocore's or aiohttp's exception."""
+def _reply(error: BaseException) -> tuple[str, int]:
+    """Return the error code and the HTTP status that a server answered, from botocore's or aiohttp's exception."""
     for cause in _chain(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict) and "Error" in response:
@@ -110,4 +107,4 @@ def _reply(error: BaseException) -> tuple[str, int] | None:
             return str(response["Error"].get("Code")), status
         if isinstance(status := getattr(cause, "status", None), int):
             return str(status), status
-    return None
+    return "", 0

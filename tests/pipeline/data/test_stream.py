@@ -478,9 +478,9 @@ def test_cache_that_cannot_be_written_is_bypassed(remote, tmp_path, monkeypatch,
     def touch(self, **_):
         raise OSError(code, os.strerror(code))
 
-    def slow(*said, warning=cache_module.log.warning):  # long enough for every thread to encounter it
+    def slow(*arguments, warning=cache_module.log.warning):  # long enough for every thread to encounter it
         time.sleep(0.1)
-        warning(*said)
+        warning(*arguments)
 
     monkeypatch.setattr(cache_module.Path, "touch", touch)
     monkeypatch.setattr(cache_module.log, "warning", slow)
