@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from s3 import seaweedfs, weed
 
 from benchmarks.table import Row, show
-from pipeline.data.cache import Cache
+from pipeline.data.cache import Cache, ShardFile
 from pipeline.data.shards import Encoding, ShardIndex, load_index
 from pipeline.data.sources import Split
 from pipeline.data.stream import stream
@@ -56,7 +56,7 @@ def dataset(store: Store, encoding: Encoding, images: int) -> ShardIndex:
 
 def ours(store: Store, index: ShardIndex, cache: Cache | None, workers: int, passes: int) -> list[float]:
     """Return the seconds of each pass over the dataset."""
-    cache._verified.clear()
+    ShardFile.verified.clear()
     batches = index.num_samples // BATCH
     seconds, iterator = [], stream(
         store, index, seed=0, position=0, batch_size=BATCH, window=4, workers=workers, ahead=8, cache=cache
@@ -119,7 +119,7 @@ def rows(
                 found.append((encoding, "local disk", "warm", min(warm), min(theirs[1:])))
                 cache = Cache(f"{scratch}/cache-{encoding}", 1 << 34)
                 cold, *warm = ours(remote, index, cache, workers, 4)
-                fs = remote._backend._fs()  # type: ignore[union-attr]
+                fs = remote.backend.fs  # type: ignore[union-attr]
                 streamed = webdataset([f"train/{encoding}/{shard.name}" for shard in index.shards], fs)
                 found.append((encoding, "S3", "cold", cold, streamed))
                 found.append((encoding, "S3", "warm", min(warm), min(theirs[1:])))

@@ -7,8 +7,10 @@ network evaluations each method needs for a standard error of 0.01 bits/dim.
 """
 
 import math
+from contextlib import closing
 from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -18,7 +20,7 @@ from iddpm.diffusion import Diffusion
 from iddpm.likelihood import exact_bpd, pilot_distribution, pilot_sizes, sampled_bpd
 from iddpm.noise import normal, stream_key, uniform
 from pipeline.data.shards import load_index
-from pipeline.data.stream import samples
+from pipeline.data.stream import Reader
 from pipeline.distributed.world import World
 from pipeline.evaluation.measured import NORMAL_95
 from pipeline.model import from_uint8, load_trained
@@ -37,7 +39,8 @@ def rows(
     diffusion, model, steps = Diffusion(trained.config.diffusion), trained.model, trained.config.diffusion.timesteps
     store = Store(trained.config.data.url)
     population = images
-    pixels, _ = samples(store, load_index(store, "val"), range(population))
+    with closing(Reader(store, load_index(store, "val"))) as reader:
+        pixels, _ = reader.read(np.arange(population))
     x = from_uint8(pixels)
     everyone = torch.arange(population)
 

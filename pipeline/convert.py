@@ -1,6 +1,9 @@
-"""Convert published weights: `python -m pipeline.convert openai FILE.pt --preset imagenet64 --out RUN`.
+"""Convert published weights: `python -m pipeline.convert openai FILE.pt --preset NAME --out RUN [flags of training]`.
 
-Writes a run with one checkpoint, which `pipeline.sample` and `pipeline.evaluate` accept like any other.
+Writes a published improved-diffusion model (.pt, tensors only) as a run with one checkpoint, which `pipeline.sample`
+and `pipeline.evaluate` accept like any other. The preset and flags describe the model, as for pipeline.train; names and
+shapes are checked. Published files hold a moving average of the weights, which becomes the average of the run's first
+--ema-rates.
 """
 
 import sys
@@ -15,13 +18,6 @@ from pipeline.errors import InputError
 from pipeline.model import ema_part
 from pipeline.run.checkpoint import Checkpoints, Parts
 from pipeline.storage.store import Store
-
-USAGE = """usage: python -m pipeline.convert openai FILE.pt --preset NAME --out RUN [flags of pipeline.train]
-
-Converts a published improved-diffusion model (.pt, tensors only) to a checkpoint. The preset and flags describe the
-model, as for pipeline.train; names and shapes are checked. Published files hold a moving average of the weights, which
-becomes the average of the run's first --ema-rates.
-"""
 
 
 def convert(path: str, config: TrainConfig) -> None:
@@ -55,9 +51,11 @@ def convert(path: str, config: TrainConfig) -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) < 2 or argv[0] != "openai" or {"-h", "--help"} & set(argv):
-        print(USAGE, file=sys.stdout if {"-h", "--help"} & set(argv) else sys.stderr)
-        raise SystemExit(0 if {"-h", "--help"} & set(argv) else 2)
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        raise SystemExit(0)
+    if len(argv) < 2 or argv[0] != "openai":
+        fail_usage(InputError("expected openai FILE.pt --preset NAME --out RUN; see --help"))
     if not any(arg.split("=")[0] == "--out" for arg in argv):
         fail_usage(InputError("--out: expected a folder or URL for the run"))
     config, dry_run = parse_train(argv[2:])

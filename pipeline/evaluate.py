@@ -210,7 +210,7 @@ def measure(
 def _nll(
     models: Sequence[Trained], config: EvaluateConfig, data: Store, cache: Cache, world: World, run: Store | None
 ) -> list[Measured]:
-    index = _index(data, config.split, [model.config for model in models])
+    index = _index(data, config.split, [model.config for model in models], world)
     plan = config.plan
     reader = Reader(data, index, cache)
     with closing(reader):
@@ -290,11 +290,11 @@ def real_floor(config: EvaluateConfig, run: TrainConfig, data: Store, world: Wor
     _, index, features = image_tools(config, run, data, world)
     reference = _reference(config, data, index, features, cache, world)
     try:
-        real = _index(data, "val", [run])
+        real = _index(data, "val", [run], world)
     except FileNotFoundError:
         real = None
     if real is None or real.num_samples < config.samples:
-        real = index or _index(data, "train", [run])
+        real = index or _index(data, "train", [run], world)
         wanted -= NEAR  # these would compare the images with themselves
         if real.num_samples <= config.samples:
             raise InputError(f"{data}: expected more than --samples = {config.samples} images; lower --samples")
@@ -326,7 +326,7 @@ def image_tools(
     """
     recipe = Recipe(config.sampler, config.steps or run.sample_steps, config.eta, config.seed)
     recipe.chain(run.diffusion, world.device)  # raises if invalid, before anything slow
-    index = _index(data, "train", [run]) if config.features == "trained" or not config.reference else None
+    index = _index(data, "train", [run], world) if config.features == "trained" or not config.reference else None
     if index and config.features == "trained":
         return recipe, index, trained_features(data, index, world)
     if config.features == "inception":
@@ -334,8 +334,8 @@ def image_tools(
     return recipe, index, torch_fidelity_features(config.features, None, world.device)
 
 
-def _index(data: Store, split: str, runs: Sequence[TrainConfig]) -> ShardIndex:
-    index = load_index(data, split)
+def _index(data: Store, split: str, runs: Sequence[TrainConfig], world: World) -> ShardIndex:
+    index = load_index(data, split, check=world.local_rank == 0)
     for run in runs:
         expected = image_shape(run)
         if index.shape != expected:

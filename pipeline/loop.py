@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from pipeline.config import TrainConfig, horizon_steps
 from pipeline.data.cache import Cache
+from pipeline.data.order import finished_epochs, sum_digests
 from pipeline.data.shards import ShardIndex, load_index
-from pipeline.data.stream import Batch, finished_epochs, stream, sum_digests
+from pipeline.data.stream import Batch, stream
 from pipeline.distributed.world import World
 from pipeline.drawing import Recipe, draw
 from pipeline.errors import InputError
@@ -109,10 +110,10 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
 
 def _load_data(config: TrainConfig, data: Store, world: World) -> ShardIndex:
     """Load the dataset's index. Raises InputError if dataset, model and evaluation do not fit together."""
-    index = load_index(data, "train")
+    index = load_index(data, "train", check=world.local_rank == 0)
     if config.eval_every:  # report what cannot be measured before hours of training
         if "nll" in config.metrics:
-            load_index(data, "val")
+            load_index(data, "val", check=world.local_rank == 0)
         if config.metrics != ("nll",) and index.num_classes < 2:
             raise InputError(
                 f"--eval-metrics: got {config.eval_metrics}, expected nll: the data have no class labels, on which the"

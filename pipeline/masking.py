@@ -1,7 +1,5 @@
 """Keep credentials out of whatever is printed, recorded or tagged."""
 
-from __future__ import annotations
-
 import re
 
 # A password may contain "/", which some servers accept; what looks like a port and a path is not a password.

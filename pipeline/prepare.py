@@ -5,15 +5,12 @@ bytes. After an interruption, the same command continues: it keeps finished shar
 written last, so a dataset without one is incomplete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -22,6 +19,7 @@ from pipeline.cli import errors_exit
 from pipeline.config import TrainConfig
 from pipeline.data.sources import digits, folder, imagenet64
 from pipeline.data.writing import Output, card, verify, write_split
+from pipeline.errors import InputError
 from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
 
@@ -80,8 +78,10 @@ def prepare_digits(out_url: str, config: StorageConfig | None = None) -> None:
 
 def prepare(options: Digits | ImageNet64 | Folder) -> None:
     """Write all splits of a dataset and print what was written."""
+    if isinstance(options, ImageNet64 | Folder) and not options.source.is_dir():
+        raise InputError(f"source: {options.source} is not a directory")
     store = Store(options.out, options.storage)
-    store.check(write=True)
+    store.check(write=True)  # before the source is read, which may take long
     with contextlib.ExitStack() as stack:
         if isinstance(options, ImageNet64):
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="imagenet64-", dir=options.scratch))
@@ -95,20 +95,18 @@ def prepare(options: Digits | ImageNet64 | Folder) -> None:
             print(card(index), flush=True)
             if unreadable:
                 print(f"  skipped {len(unreadable)} unreadable files:")
-                print(*(f"    {line}" for line in unreadable[:50]), *["    …"][: len(unreadable) > 50], sep="\n")
+                shown = unreadable[:50] + ["…"] * (len(unreadable) > 50)
+                print(*(f"    {line}" for line in shown), sep="\n")
     print(f"wrote {store.url}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    words = ["verify" if a == "--verify" else a for a in (sys.argv[1:] if arguments is None else arguments)]
-    options = tyro.cli(
-        Annotated[Digits, tyro.conf.subcommand("digits")]
-        | Annotated[ImageNet64, tyro.conf.subcommand("imagenet64")]
-        | Annotated[Folder, tyro.conf.subcommand("folder")]
-        | Annotated[Verify, tyro.conf.subcommand("verify")],
+    words = sys.argv[1:] if arguments is None else arguments
+    options = tyro.extras.subcommand_cli_from_dict(
+        {"digits": Digits, "imagenet64": ImageNet64, "folder": Folder, "verify": Verify},
         prog="python -m pipeline.prepare",
         description=__doc__,
-        args=words,
+        args=["verify" if word == "--verify" else word for word in words],
     )
     with errors_exit():
         if not isinstance(options, Verify):

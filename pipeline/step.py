@@ -12,8 +12,9 @@ from iddpm.flops import train_flops
 from iddpm.noise import normal, stream_key, uniform
 from iddpm.timesteps import make_sampler
 from pipeline.config import TrainConfig
+from pipeline.data.order import epoch_digests
 from pipeline.data.shards import ShardIndex
-from pipeline.data.stream import Batch, epoch_digests
+from pipeline.data.stream import Batch
 from pipeline.distributed.world import World
 from pipeline.errors import PermanentError
 from pipeline.model import autocast, build_model, ema_part, from_uint8, input_dtype
@@ -64,7 +65,7 @@ class TrainState:
 
     def count_samples(self, index: ShardIndex, batch: Batch) -> None:
         """Add a batch's samples to the digests of their epochs."""
-        for epoch, digest in epoch_digests(index, batch).items():
+        for epoch, digest in epoch_digests(index, batch.index.numpy(), batch.ids.numpy()).items():
             self.epoch_digests[epoch] = self.epoch_digests.get(epoch, 0) + digest
 
     @property

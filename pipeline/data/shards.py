@@ -1,10 +1,9 @@
 """The format of a dataset: WebDataset shards and their index."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
+import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -19,8 +18,7 @@ from pipeline.storage.store import Store
 
 Encoding = Literal["raw", "png"]
 
-
-FORMAT = 1
+FORMAT = 1  # of the index
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,13 @@ class Shard:
     bytes: int
     sha256: str
     num_samples: int
+
+    def __post_init__(self) -> None:
+        """Check what becomes part of a path, so that no index can name a file elsewhere."""
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise InputError(f"shard name: got {self.name!r}, expected a file name such as train-00000.tar")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise InputError(f"shard {self.name}: got sha256 {self.sha256!r}, expected 64 hex digits")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +76,8 @@ def pack_shard(samples: Iterable[tuple[str, np.ndarray, int]], encoding: Encodin
 
     The same samples give the same bytes.
     """
-    out, table = io.BytesIO(), {"offset": [], "size": [], "crc32": [], "label": []}  # type: ignore[var-annotated]
+    out = io.BytesIO()
+    table: dict[str, list[int]] = {"offset": [], "size": [], "crc32": [], "label": []}
     suffix = {"raw": "npy", "png": "png"}[encoding]
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, image, label in samples:
@@ -86,35 +92,20 @@ def pack_shard(samples: Iterable[tuple[str, np.ndarray, int]], encoding: Encodin
     return data, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **table}
 
 
-def index_json(
-    entries: Sequence[dict[str, Any]],
-    *,
-    split: str,
-    source: str,
-    recipe: str,
-    encoding: Encoding,
-    shape: tuple[int, int, int],
-    class_names: Sequence[str],
-) -> bytes:
-    """Return the content of `{split}.index.json`; `entries` are `pack_shard`'s, each with a "name"."""
-    content = {
-        "format": FORMAT,
-        "split": split,
-        "source": source,
-        "recipe": recipe,
-        "encoding": encoding,
-        "shape": list(shape),
-        "class_names": list(class_names),
-        "shards": list(entries),
-    }
-    return _canonical({**content, "digest": _digest(content)})
+def index_json(entries: Sequence[dict[str, Any]], **properties: Any) -> bytes:
+    """Return the content of `{split}.index.json`; `entries` are `pack_shard`'s, each with a "name".
+
+    The properties are a `ShardIndex`'s split, source, recipe, encoding, shape and class_names.
+    """
+    content = {"format": FORMAT, "shards": entries, **properties}
+    return _canonical({**content, "digest": _digest(_canonical(content))})
 
 
 def _encode(image: np.ndarray, encoding: Encoding) -> bytes:
     assert (image.dtype, image.ndim) == (np.uint8, 3), (image.dtype, image.shape)
     out = io.BytesIO()
     if encoding == "raw":
-        np.lib.format.write_array(out, np.ascontiguousarray(image), version=(1, 0), allow_pickle=False)
+        np.save(out, np.ascontiguousarray(image), allow_pickle=False)
     else:
         from PIL import Image
 
@@ -133,12 +124,15 @@ def _canonical(content: Any) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(_canonical(content)).hexdigest()[:32]
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
-def load_index(store: Store, split: str) -> ShardIndex:
-    """Read and check `{split}.index.json`; FileNotFoundError if absent, StorageError if damaged."""
+def load_index(store: Store, split: str, check: bool = True) -> ShardIndex:
+    """Read and check `{split}.index.json`; FileNotFoundError if absent, StorageError if damaged.
+
+    Without `check`, its bytes are not hashed: enough where another process of this machine does so.
+    """
     name = f"{split}.index.json"
     try:
         data = store.read(name)
@@ -146,38 +140,33 @@ def load_index(store: Store, split: str) -> ShardIndex:
         raise FileNotFoundError(
             f"no {split!r} dataset at {store}: {name} is missing; write one with python -m pipeline.prepare"
         ) from None
-    return parse_index(data, f"{name} at {store}")
+    return parse_index(data, f"{name} at {store}", check)
 
 
-def parse_index(data: bytes, where: str) -> ShardIndex:
+def parse_index(data: bytes, where: str, check: bool = True) -> ShardIndex:
     try:
         content = json.loads(data)
-        digest = content.pop("digest")
-        if content["format"] != FORMAT:
-            raise StorageError(f"{where} has format {content['format']}, expected {FORMAT}: prepare it again")
-        if _digest(content) != digest:
+        if (version := content.pop("format")) != FORMAT:
+            raise StorageError(f"{where} has format {version}, expected {FORMAT}: prepare it again")
+
+        # The file is the canonical JSON of what was hashed, and of the hash.
+        digest = content["digest"]
+        if not re.fullmatch(r"[0-9a-f]{32}", digest):
+            raise InputError(f"digest: got {digest!r}, expected 32 hex digits")
+        if check and digest != _digest(data.replace(f'"digest":"{digest}",'.encode(), b"", 1)):
             raise InputError("its digest does not match")
-        entries = content["shards"]
-        columns = {
-            name: np.concatenate([np.asarray(entry[name], np.int64) for entry in entries] or [np.empty(0, np.int64)])
+
+        entries = content.pop("shards")
+        shards = [Shard(entry["name"], entry["bytes"], entry["sha256"], len(entry["label"])) for entry in entries]
+        counts = [shard.num_samples for shard in shards]
+        columns: dict[str, Any] = {
+            name: np.concatenate([np.array(entry[name], np.int64) for entry in entries])
             for name in ("offset", "size", "crc32", "label")
         }
-        counts = [len(entry["label"]) for entry in entries]
-        return ShardIndex(
-            split=content["split"],
-            source=content["source"],
-            recipe=content["recipe"],
-            encoding=content["encoding"],
-            shape=tuple(content["shape"]),
-            class_names=tuple(content["class_names"]),
-            digest=digest,
-            shards=tuple(
-                Shard(entry["name"], entry["bytes"], entry["sha256"], count)
-                for entry, count in zip(entries, counts, strict=True)
-            ),
-            starts=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
-            **columns,
-        )
+        starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        for name in ("shape", "class_names"):
+            content[name] = tuple(content[name])
+        return ShardIndex(shards=tuple(shards), starts=starts, **columns, **content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{where} is damaged ({error}): run the same pipeline.prepare command again") from error
 

@@ -1,8 +1,5 @@
 """Where images come from before they are shards."""
 
-from __future__ import annotations
-
-import contextlib
 import hashlib
 import os
 import shutil
@@ -17,10 +14,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.data.stream import permutation
+from pipeline.data.order import permutation
 from pipeline.errors import InputError
 from pipeline.images import load_image
 from pipeline.storage.backends import unless_missing
+
+BAR: dict[str, Any] = {"mininterval": 0.2 if sys.stderr.isatty() else 15.0, "dynamic_ncols": True}
+"""How progress bars are shown: in a log file, a line every 15 s."""
 
 
 @dataclass(frozen=True)
@@ -45,72 +45,79 @@ def digits() -> list[Split]:
     order = permutation(len(images), "digits split")
     cut = round(0.8 * len(images))
 
-    def split(name: str, chosen: np.ndarray) -> Split:
-        content = hashlib.sha256(images[chosen].tobytes()).hexdigest()
-        names = [str(n) for n in bunch.target_names]
-        source = "scikit-learn digits (UCI optical recognition of handwritten digits, test part)"
-        labels = bunch.target[chosen]
-        return Split(name, source, content, (1, 8, 8), names, labels, lambda i: images[chosen[i]])
+    def split(name: str, ids: np.ndarray) -> Split:
+        return Split(
+            name,
+            source="scikit-learn digits (UCI optical recognition of handwritten digits, test part)",
+            fingerprint=hashlib.sha256(images[ids].tobytes()).hexdigest(),
+            shape=(1, 8, 8),
+            class_names=[str(name) for name in bunch.target_names],
+            labels=bunch.target[ids],
+            load=lambda i: images[ids[i]],
+        )
 
     return [split("train", order[:cut]), split("val", order[cut:])]
 
 
 def imagenet64(source: Path, scratch: Path) -> list[Split]:
-    files = {"train": [source / f"train_data_batch_{i}.npz" for i in range(1, 11)], "val": [source / "val_data.npz"]}
-    missing = [path.name for paths in files.values() for path in paths if not path.is_file()]
-    if missing:
+    train = [source / f"train_data_batch_{i}.npz" for i in range(1, 11)]
+    val = [source / "val_data.npz"]
+    if missing := [path.name for path in train + val if not path.is_file()]:
         raise InputError(f"source: {source} lacks {', '.join(missing)}; expected the 11 files of ImageNet 64x64 (npz)")
-    return [_npz_split(name, paths, scratch) for name, paths in files.items()]
+    return [_npz_split("train", train, scratch), _npz_split("val", val, scratch)]
 
 
 def _npz_split(name: str, paths: Sequence[Path], scratch: Path) -> Split:
-    labels, pixels = [], []
-    for path in tqdm(paths, f"{name}: reading", unit="file", **_BAR):
-        with _naming(path), np.load(path, allow_pickle=False) as archive:
-            if not {"data", "labels"} <= set(archive.files):
-                raise InputError(f"has {', '.join(archive.files)}, expected data and labels")
-            labels.append(np.asarray(archive["labels"]).reshape(-1))
-            if not np.issubdtype(labels[-1].dtype, np.integer) or np.any((labels[-1] < 1) | (labels[-1] > 1000)):
-                raise InputError("labels: expected whole numbers from 1 to 1000")
-            pixels.append(_map_array(path, "data.npy", scratch))
-            if pixels[-1].shape != (len(labels[-1]), 3 * 64 * 64) or pixels[-1].dtype != np.uint8:
-                got = f"{pixels[-1].dtype} {list(pixels[-1].shape)}"
-                raise InputError(f"data: got {got}, expected uint8 [{len(labels[-1])}, 12288]")
-    starts = np.cumsum([0] + [len(part) for part in labels])
+    files = []
+    for path in tqdm(paths, f"{name}: reading", unit="file", **BAR):
+        files.append(_read_npz(path, scratch))
+    labels = np.concatenate([labels for _, labels in files])
+    starts = np.cumsum([0] + [len(labels) for _, labels in files])
 
     def load(i: int) -> np.ndarray:
-        part = int(np.searchsorted(starts, i, side="right")) - 1
-        return np.asarray(pixels[part][i - starts[part]]).reshape(3, 64, 64)  # planes R, G, B
+        number = int(np.searchsorted(starts, i, side="right")) - 1
+        pixels, _ = files[number]
+        return np.asarray(pixels[i - starts[number]]).reshape(3, 64, 64)  # planes R, G, B
 
-    classes = np.concatenate(labels).astype(np.int64) - 1
-    content = hashlib.sha256(classes.tobytes() + repr([path.stat().st_size for path in paths]).encode()).hexdigest()
-    names = [str(number) for number in range(1, 1001)]
-    return Split(name, "ImageNet 64x64, official npz, box filter", content, (3, 64, 64), names, classes, load)
-
-
-def _map_array(path: Path, member: str, scratch: Path) -> np.ndarray:
-    """Unpack an array of an .npz into `scratch`, checking its CRC, and map it into memory."""
-    target = scratch / f"{path.stem}.npy"
-    with zipfile.ZipFile(path) as archive, archive.open(member) as packed:
-        free, size = shutil.disk_usage(scratch).free, archive.getinfo(member).file_size
-        if free < size:
-            raise InputError(f"needs {size:,} bytes in {scratch}, {free:,} are free: give --scratch")
-        with target.open("wb") as file:
-            shutil.copyfileobj(packed, file, 1 << 20)
-    return np.load(target, mmap_mode="r", allow_pickle=False)
+    sizes = [path.stat().st_size for path in paths]
+    return Split(
+        name,
+        source="ImageNet 64x64, official npz, box filter",
+        fingerprint=hashlib.sha256(labels.tobytes() + repr(sizes).encode()).hexdigest(),
+        shape=(3, 64, 64),
+        class_names=[str(number) for number in range(1, 1001)],
+        labels=labels,
+        load=load,
+    )
 
 
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _read_npz(path: Path, scratch: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return a file's pixels, uint8 [n, 12288], unpacked in `scratch` and mapped into memory, and classes 0..999."""
     try:
-        yield
+        with np.load(path, allow_pickle=False) as archive:
+            labels = np.asarray(archive["labels"]).reshape(-1)
+        if not np.issubdtype(labels.dtype, np.integer) or np.any((labels < 1) | (labels > 1000)):
+            raise InputError("labels: expected whole numbers from 1 to 1000")
+        pixels = _map_array(path, scratch)
+        if pixels.shape != (len(labels), 3 * 64 * 64) or pixels.dtype != np.uint8:
+            got = f"{pixels.dtype} {list(pixels.shape)}"
+            raise InputError(f"data: got {got}, expected uint8 [{len(labels)}, 12288]")
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: {error}") from error
+    return pixels, labels.astype(np.int64) - 1
+
+
+def _map_array(path: Path, scratch: Path) -> np.ndarray:
+    """Unpack the pixels of an .npz into `scratch`, checking their CRC, and map them into memory."""
+    with zipfile.ZipFile(path) as archive:
+        free, size = shutil.disk_usage(scratch).free, archive.getinfo("data.npy").file_size
+        if free < size:
+            raise InputError(f"needs {size:,} bytes in {scratch}, {free:,} are free: give --scratch")
+        file = archive.extract("data.npy", scratch / path.stem)
+    return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
 def folder(source: Path, size: int, grey: bool, val_fraction: float) -> list[Split]:
-    if not source.is_dir():
-        raise InputError(f"source: {source} is not a directory")
     files = sorted(_images(source))
     if not files:
         raise InputError(f"source: {source} contains no .png, .jpg or .jpeg file")
@@ -125,28 +132,25 @@ def folder(source: Path, size: int, grey: bool, val_fraction: float) -> list[Spl
     order = permutation(len(files), "folder split")
     cut = round(val_fraction * len(files))
 
-    def split(name: str, chosen: np.ndarray) -> Split:
-        paths = [files[i] for i in np.sort(chosen)]
+    def split(name: str, ids: np.ndarray) -> Split:
+        paths = [files[i] for i in np.sort(ids)]
         sizes = [(path, _size(source / path)) for path in paths]
-        labels = np.array([numbers.get(path.split("/")[0], 0) for path in paths], np.int64)
         return Split(
             name,
-            f"folder {source.resolve().name}, centre crop, box and bicubic reduction to {size}x{size}",
-            hashlib.sha256(repr(sizes).encode()).hexdigest(),
-            (1 if grey else 3, size, size),
-            class_names,
-            labels,
-            lambda i: load_image(source / paths[i], size, grey),
+            source=f"folder {source.resolve().name}, centre crop, box and bicubic reduction to {size}x{size}",
+            fingerprint=hashlib.sha256(repr(sizes).encode()).hexdigest(),
+            shape=(1 if grey else 3, size, size),
+            class_names=class_names,
+            labels=np.array([numbers.get(path.split("/")[0], 0) for path in paths], np.int64),
+            load=lambda i: load_image(source / paths[i], size, grey),
         )
 
-    return [split("train", order[cut:]), *([split("val", order[:cut])] if cut else [])]
+    splits = [split("train", order[cut:])]
+    return splits + [split("val", order[:cut])] if cut else splits
 
 
 def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # a broken link: an unreadable file
-        return -1
+    return path.stat().st_size if path.exists() else -1  # a broken link: an unreadable file
 
 
 def _images(source: Path) -> Iterator[str]:
@@ -161,6 +165,3 @@ def _images(source: Path) -> Iterator[str]:
         for name in names:
             if not name.startswith(".") and name.lower().endswith((".png", ".jpg", ".jpeg")):
                 yield (Path(directory) / name).relative_to(source).as_posix()
-
-
-_BAR: dict[str, Any] = {"file": sys.stderr, "mininterval": 0.2 if sys.stderr.isatty() else 15.0, "dynamic_ncols": True}

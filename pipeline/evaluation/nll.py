@@ -28,7 +28,7 @@ from iddpm.likelihood import (
 )
 from iddpm.noise import normal, stream_key, uniform
 from iddpm.schedule import respace
-from pipeline.data.stream import permutation
+from pipeline.data.order import permutation
 from pipeline.distributed.world import World
 from pipeline.errors import InputError
 from pipeline.evaluation.resumable import Block, Blocks

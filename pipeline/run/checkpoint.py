@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from pipeline.errors import InputError, PermanentError
-from pipeline.storage.errors import DamagedError
+from pipeline.storage.errors import DamagedError, StorageError
 from pipeline.storage.store import Store
 
 Parts = dict[str, dict[str, torch.Tensor]]
@@ -158,11 +158,16 @@ class Checkpoints:
     def claim(self, meta: dict[str, Any]) -> "Writer":
         """Take over the run, so that no earlier attempt can commit, and remove what those left unfinished."""
         attempt = uuid.uuid4().hex
-        while True:
+        for _ in range(100):
             number = max(map(_number, self._names("log/")), default=0) + 1
             claim = Record(number, "claim", attempt, meta=meta)
             if self.store.create(claim.name, claim.encode()):
                 break
+        else:
+            raise StorageError(
+                f"{self.store}: {claim.name} exists, but is not listed, or other attempts take the run over again and"
+                " again; check that the store lists what was written, and that only one job writes to this run"
+            )
         self._sweep(claim)
         earlier = [r for r in self.records() if r.kind == "checkpoint" and r.number < number]
         return Writer(self.store, claim, earlier)

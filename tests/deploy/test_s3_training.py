@@ -17,8 +17,8 @@ from ranks import FORKS
 from s3 import KEY, SECRET, FaultProxy, credentials, free_ports, s3  # noqa: F401
 
 from pipeline import evaluate, sample
+from pipeline.data.order import expected_digest
 from pipeline.data.shards import load_index
-from pipeline.data.stream import expected_digest
 from pipeline.distributed.world import World
 from pipeline.loop import train
 from pipeline.prepare import prepare_digits

@@ -76,12 +76,12 @@ def test_the_command_line(digits: str, tmp_path: Path) -> None:
     path, _ = published(digits, tmp_path)
     flags = ["--model.num-res-blocks", "1", "--model.channel-mult", "1", "1", "--diffusion.timesteps", "20"]
     flags += ["--sample-steps", "4", "--data.url", digits, "--out", str(tmp_path / "run")]
-    said = run_module("pipeline.convert", "openai", path, "--preset", "digits", *flags).stdout
-    assert "written as a checkpoint of" in said
-    said = run_module(
+    output = run_module("pipeline.convert", "openai", path, "--preset", "digits", *flags).stdout
+    assert "written as a checkpoint of" in output
+    output = run_module(
         "pipeline.evaluate", str(tmp_path / "run"), "--images", "4", "--draws", "2", "--tracking.uri", "none"
     ).stdout
-    assert "nll " in said
+    assert "nll " in output
     refused = run_module("pipeline.convert", "openai", path, "--preset", "digits", check=False)
     assert (refused.returncode, "--out: expected" in refused.stderr) == (2, True)
     dry = run_module("pipeline.convert", "openai", path, *flags, "--dry-run", check=False)

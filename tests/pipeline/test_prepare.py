@@ -8,12 +8,12 @@ import time
 
 import numpy as np
 import pytest
+from datasets import samples
 from PIL import Image
 from s3 import s3  # noqa: F401
 
 from pipeline.data import sources
 from pipeline.data.shards import load_index
-from pipeline.data.stream import samples
 from pipeline.images import load_image
 from pipeline.prepare import main, prepare_digits
 from pipeline.storage.backends import StorageConfig
@@ -90,9 +90,9 @@ def test_resume_after_kill(tmp_path):
     """A killed run is continued: finished shards are not rewritten, and the result is the same."""
     out = tmp_path / "killed"
     code = (
-        "import sys, time, pipeline.prepare as p; load = p._load\n"
+        "import sys, time, pipeline.data.writing as p; load = p._load\n"
         "def slow(*a):\n    for sample in load(*a):\n        time.sleep(.001); yield sample\n"
-        "p._load = slow; sys.exit(p.main(sys.argv[1:]))"
+        "p._load = slow; from pipeline.prepare import main; sys.exit(main(sys.argv[1:]))"
     )
     child = subprocess.Popen([sys.executable, "-c", code, "digits", "--out", str(out), "--workers", "1"])
     for _ in range(600):
@@ -231,6 +231,7 @@ def test_folder_mistakes(tmp_path, capsys):
         return lines[0]
 
     assert "is not a directory" in error("--source", tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "empty").mkdir()
     assert "contains no .png" in error("--source", tmp_path / "empty")
     picture(tmp_path / "mixed" / "a" / "x.png")
@@ -310,7 +311,7 @@ def _replace(**changes):
         (_replace(labels=np.ones(6, int)), r"data: got uint8 [7, 12288], expected uint8 [6, 12288]"),
         (_replace(data=np.zeros((7, 3072), np.uint8)), "data: got uint8 [7, 3072]"),
         (_replace(data=np.zeros((7, 12288), np.float32)), "data: got float32"),
-        (_replace(data=None), "has labels, expected data and labels"),
+        (_replace(data=None), "There is no item named 'data.npy' in the archive"),
         (_replace(labels=np.array([{}] * 7)), "Object arrays"),
         (_replace(data=np.array([{}] * 7)), "Python objects"),
         (lambda path: os.truncate(path, 5000), "train_data_batch_3.npz"),

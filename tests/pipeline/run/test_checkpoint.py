@@ -49,6 +49,14 @@ def data_files(checkpoints: Checkpoints) -> list[str]:
     return checkpoints.store.list("data/")
 
 
+def test_a_store_that_hides_what_was_written_ends_the_claim(tmp_path: Path, monkeypatch) -> None:
+    checkpoints = Checkpoints(Store(tmp_path / "run"))
+    commit(checkpoints, 5)
+    monkeypatch.setattr(Store, "list", lambda *_: [])
+    with pytest.raises(StorageError, match=r"log/00000001\.json exists, but is not listed"):
+        checkpoints.claim({})
+
+
 def test_round_trip(checkpoints: Checkpoints) -> None:
     assert checkpoints.load() is None
     commit(checkpoints, 5)

@@ -1,9 +1,12 @@
 """Storage: every operation on a directory, in memory and on a real S3 server, with and without faults."""
 
+import contextlib
 import errno
+import http.server
 import json
 import multiprocessing
 import os
+import ssl
 import subprocess
 import sys
 import threading
@@ -13,6 +16,7 @@ import pytest
 from conftest import small_disk
 from s3 import FAULTS, KEY, SECRET, FaultProxy, credentials, s3  # noqa: F401
 
+from pipeline.errors import InputError
 from pipeline.masking import carries_credentials, mask
 from pipeline.storage import backends
 from pipeline.storage.backends import StorageConfig
@@ -44,7 +48,7 @@ def test_operations(store):
     assert store.list("d/e") == ["d/e/f", "d/e2"]
     assert store.list("d/e/") == ["d/e/f"]
     assert store.list("x/y") == []
-    assert (store.size("d/e2"), store.exists("d/e2")) == (5, True)
+    assert store.exists("d/e2")
     assert store.child("d").read("e2") == b"12345"
     store.delete("a")
     store.delete("a")
@@ -59,7 +63,7 @@ def test_create_only_if_absent(store):
 
 
 def test_missing_names(store, tmp_path):
-    for operation in (store.read, store.size, lambda name: store.download(name, tmp_path / "copy")):
+    for operation in (store.read, lambda name: store.download(name, tmp_path / "copy")):
         with pytest.raises(FileNotFoundError, match="nothing"):
             operation("nothing")
 
@@ -111,6 +115,32 @@ def test_url_forms(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "url", ["", "file://", "local://", "s3:/bucket", "s3:bucket/x", "gs:/bucket", "s3://", "s3:///x", "s3a:/"]
+)
+def test_addresses_that_are_none(url, tmp_path, monkeypatch):
+    """Such as --out "$UNSET", which was the root of the disk, or s3:/bucket, which was a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"storage URL: got '{url}', expected a directory or a URL"):
+        Store(url).check(write=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("url", "plain"),
+    [
+        ("s3://train//runs///a//", "s3://train/runs/a"),
+        ("s3://train//", "s3://train"),
+        ("memory://x//y", "memory://x/y"),
+        ("//tmp//x", "/tmp/x"),
+        ("/", "/"),
+        ("runs/10:30/x", "runs/10:30/x"),
+    ],
+)
+def test_slashes_that_are_repeated_are_one(url, plain):
+    assert Store(url).url == plain
+
+
+@pytest.mark.parametrize(
     ("text", "masked"),
     [
         ("http://me:hunter2@host:1/x", "http://***@host:1/x"),
@@ -148,7 +178,7 @@ def test_a_store_that_overwrites_is_for_data_only(monkeypatch):
     store.check(write=True)
     with pytest.raises(StorageError, match="overwrites what must be created once"):
         store.check(write=True, once=True)
-    assert not store._backend.names("")
+    assert not store.backend.names("")
 
 
 def test_folders_that_cannot_be_read_are_no_empty_ones(tmp_path, monkeypatch):
@@ -277,14 +307,14 @@ def test_s3_survives_faults(s3):  # noqa: F811
     with FaultProxy(s3, rate=0.3, seed=1) as proxy:
         proxy.stall_s = 2.0
         store = Store("s3://train/faults", StorageConfig(proxy.url, deadline_s=60))
-        store._backend.patience = 1.0
+        store.backend.patience = 1.0
         for i in range(8):
             data = os.urandom(30_000)
             store.write(f"w{i}", data)
             assert store.read(f"w{i}") == data
             assert store.create(f"c{i}", data)
             assert not store.create(f"c{i}", data[1:])
-            assert store.size(f"c{i}") == len(data)
+            assert store.exists(f"c{i}")
             store.delete(f"c{i}")
         assert store.list() == [f"w{i}" for i in range(8)]
         assert sum(proxy.counts[fault] for fault in FAULTS) > 10
@@ -341,14 +371,14 @@ def test_s3_lost_reply_that_won(s3):  # noqa: F811
 )
 @pytest.mark.parametrize("write", [False, True])
 def test_s3_hopeless_fails_with_advice(s3, key, secret, url, advice, write):  # noqa: F811
-    backends._s3_filesystem.cache_clear()
+    backends.s3_filesystem.cache_clear()
     try:
         with credentials(key, secret):
             start = time.monotonic()
             with pytest.raises(StorageError, match=advice) as caught:
                 Store(url, StorageConfig(s3)).check(write=write)
     finally:
-        backends._s3_filesystem.cache_clear()
+        backends.s3_filesystem.cache_clear()
     assert time.monotonic() - start < 10
     for text in (SECRET, "wrong-secret"):
         assert text not in str(caught.value)
@@ -372,6 +402,61 @@ def test_s3_unknown_profile_and_dead_endpoint():
             Store("s3://train/x", StorageConfig("http://127.0.0.1:9", profile="nobody")).check(write=False)
         with pytest.raises(StorageError, match="check that the server is up"):
             Store("s3://train/x", StorageConfig("http://127.0.0.1:9", deadline_s=2)).read("k")
+
+
+@contextlib.contextmanager
+def server_of_nothing(certificate=None):
+    """Serve HTTP, or HTTPS with this certificate (and key, in one file): every request is answered with status 501."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http{'s' if certificate else ''}://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def fails_at_once(advice):
+    start = time.monotonic()
+    with pytest.raises(StorageError, match=advice):
+        yield
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("operation", ["read", "exists", "list", "delete"])
+def test_status_501_fails_at_once(operation):
+    with server_of_nothing() as endpoint, credentials(KEY, SECRET):
+        store = Store("s3://train/x", StorageConfig(endpoint))
+        arguments = [] if operation == "list" else ["k"]
+        with fails_at_once("the server does not offer this request"):
+            getattr(store, operation)(*arguments)
+        with fails_at_once("the server does not offer this request.*create-if-absent"):
+            store.create("k", b"1")
+        with fails_at_once("the server does not offer this request"):
+            Store(endpoint).read("k")  # without S3
+
+
+def test_a_certificate_that_is_not_trusted_fails_at_once(tmp_path, monkeypatch):
+    file = tmp_path / "certificate.pem"
+    words = "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=test -addext subjectAltName=IP:127.0.0.1"
+    command = ["openssl", *words.split(), "-keyout", str(file), "-out", str(tmp_path / "public.pem")]
+    subprocess.run(command, check=True, capture_output=True)
+    file.write_text(file.read_text() + (tmp_path / "public.pem").read_text())
+    with server_of_nothing(file) as endpoint, credentials(KEY, SECRET):
+        for store in (Store("s3://train/x", StorageConfig(endpoint)), Store(endpoint)):
+            with fails_at_once(r"certificate is not trusted here: .* AWS_CA_BUNDLE"):
+                store.read("k")
+        backends.s3_filesystem.cache_clear()
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "public.pem"))
+        with fails_at_once("the server does not offer this request"):
+            Store("s3://train/x", StorageConfig(endpoint)).read("k")
 
 
 def _read_in_child(url, endpoint, queue):
@@ -427,7 +512,7 @@ def test_s3_large_objects(s3, tmp_path):  # noqa: F811
     store = Store("s3://ckpt/large", StorageConfig(s3, deadline_s=60))
     data = os.urandom(1 << 20) * 101  # more than one part
     store.write("k", data)
-    assert store.size("k") == len(data)
+    assert store.exists("k")
     store.download("k", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
     assert not store.create("k", data + b"1")
