@@ -65,7 +65,8 @@ class EvaluateConfig:
     @cached_property
     def plan(self) -> EvaluationPlan:
         """What to measure."""
-        return EvaluationPlan(check_metrics(self.metrics, "--metrics"), self.seed, self.nll, self.images)
+        metrics = tuple(check_metrics(self.metrics, "--metrics"))
+        return EvaluationPlan(metrics, self.seed, self.nll, self.images)
 
     @property
     def compares(self) -> bool:

@@ -221,7 +221,8 @@ def _evaluate(state: TrainState, recorder: Recorder, data: Store, world: World) 
     if config.microbatch:  # limits memory here too
         nll = replace(nll, images_per_call=max(1, config.microbatch // (nll.draws + 1)))
         images = replace(images, batch_size=config.microbatch)
-    plan = EvaluationPlan(check_metrics(config.eval_metrics, "--eval-metrics"), nll=nll, images=images)
+    metrics = tuple(check_metrics(config.eval_metrics, "--eval-metrics"))
+    plan = EvaluationPlan(metrics, nll=nll, images=images)
     with _average(state) as trained:
         measured = measure([trained], plan, data, world)
     if measured:  # on rank 0

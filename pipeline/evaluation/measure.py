@@ -1,7 +1,7 @@
 """Measure trained models: bits/dim and image metrics, as values with passports for a run's history."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -63,7 +63,7 @@ class ImagePlan:
 class EvaluationPlan:
     """What to measure, apart from the models and the data."""
 
-    metrics: Collection[str]
+    metrics: tuple[str, ...]
     """Some of METRICS."""
     seed: int = 0
     """Seed of the choice of images, of timesteps and noise, and of the generated images."""
@@ -220,6 +220,8 @@ def real_floor(plan: EvaluationPlan, run: TrainConfig, data: Store, world: World
         return []
     images = ImageMetrics(plan, run, data, world)
     metrics, count = plan.image_metrics, plan.images.samples
+
+    # Which images, and what they can be compared in.
     try:
         real = _load_index(data, "val", [run])
     except FileNotFoundError:
@@ -229,6 +231,8 @@ def real_floor(plan: EvaluationPlan, run: TrainConfig, data: Store, world: World
         metrics -= image_quality.NEAR  # these would compare the images with themselves
         if real.num_samples <= count:
             raise InputError(f"{data}: expected more than --samples = {count} images; lower --samples")
+
+    # As if a model had drawn them.
     batches = image_quality.spread_images(data, real, images.cache, count)
     blocks = [images.features.extract(batch) for batch in batches]
     passport = {"n": count, "real": real.split, "features": images.features.digest}

@@ -288,9 +288,12 @@ class _Measurement:
     def _bounds(self, images: _Images, model: Trained, diffusion: Diffusion) -> list[Tensor]:
         """Return the images' totals [n] and their parts, each [n, terms]."""
         plan = self.plan
+        # All terms, each once.
         if self.terms:
             bpd = images.apply(likelihood.exact_bpd, model, diffusion, timesteps_per_call=plan.timesteps_per_call)
             return [bpd.total, bpd.prior[:, None], bpd.vb[:, :1], bpd.vb, bpd.mse]
+
+        # The decoder's term, and others drawn by the pilot's probabilities.
         u = uniform(stream_key(images.seed, images.stream, "u"), images.ids)
         with images.inputs(model, diffusion) as (x, y, noise):
             sampled = likelihood.sampled_bpd(diffusion, model.model, x, noise, u, self.probabilities, plan.draws, y)
@@ -305,6 +308,7 @@ def _pilot(models: Sequence[Trained], plan: NllPlan, images: _Images) -> Block:
     config = models[0].config.diffusion
     count = config.timesteps
     plan.check(count)
+    # All terms of the full chain need no pilot.
     timesteps, evaluations = list(range(count)), 0
     probabilities = torch.zeros(0, dtype=torch.float64)
     if plan.best:
