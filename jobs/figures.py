@@ -97,8 +97,7 @@ class Bench:
 
     def nll(self, model: Trained, **plan: Any) -> Any:
         with closing(Reader(self.data, self.val)) as reader:
-            options = NllPlan(self.config.images, **plan)
-            return measure_nll([model], options, reader.read, self.val.num_samples, self.world)
+            return measure_nll([model], NllPlan(self.config.images, **plan), reader, self.world)
 
     def quality(self, model: Trained, chain: Diffusion, recipe: Recipe) -> float:
         """Return the Fréchet distance between generated and training images."""
@@ -107,7 +106,7 @@ class Bench:
             cache = Cache.of(model.config.data)
             self._quality = features, dataset_reference(self.data, self.train, features, self.world, cache)
         features, reference = self._quality
-        drawn = draw_batches(model, recipe, 0, self.config.samples, device=self.world.device, chain=chain)
+        drawn = draw_batches(model, recipe, chain, 0, self.config.samples)
         moments = moments_of(drawn, features, self.world)
         return frechet_distance(moments.mean_covariance(), reference.moments)
 

@@ -40,7 +40,10 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
 def parse_flags(kind: type[T], argv: Sequence[str], description: str, default: T | None = None) -> T:
     """Parse `argv` into the dataclass `kind`; on an invalid flag or value, print a message and exit with status 2."""
     defaults: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=list(argv), description=description, prog=_program(), **defaults)
+    try:
+        return tyro.cli(kind, args=list(argv), description=description, prog=_program(), **defaults)
+    except InputError as error:  # tyro reports them, but not those of a nested dataclass without a prefix
+        fail_usage(error)
 
 
 def fail_usage(error: Exception) -> NoReturn:

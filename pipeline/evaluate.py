@@ -1,51 +1,22 @@
 """Measure a trained model: `python -m pipeline.evaluate RUN --metrics nll,fid`."""
 
-import csv
-import io
-import math
 import sys
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
-from itertools import pairwise
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated
 
 import tyro
 
-from iddpm.bounds import Count, Limit, check_bounds
 from pipeline.cli import parse_flags
-from pipeline.config import LaunchConfig, TrackingConfig, TrainConfig, check_metrics, record
-from pipeline.data.cache import Cache
-from pipeline.data.shards import ShardIndex, load_index
-from pipeline.data.stream import Reader
+from pipeline.config import LaunchConfig, TrackingConfig, check_metrics
 from pipeline.distributed.world import World
-from pipeline.drawing import Recipe, draw_batches
 from pipeline.errors import InputError
-from pipeline.evaluation.features import (
-    CLASSIFIERS,
-    Features,
-    inception_features,
-    torch_fidelity_features,
-    trained_features,
-)
-from pipeline.evaluation.image_quality import (
-    NEAR,
-    Reference,
-    dataset_reference,
-    image_metrics,
-    npz_reference,
-    spread_images,
-)
-from pipeline.evaluation.measured import Measured
-from pipeline.evaluation.nll import Nll, NllPlan, measure_nll
-from pipeline.evaluation.resumable import Block, Blocks
-from pipeline.model import Trained, image_shape, load_trained
-from pipeline.run.journal import fetch_journal, journal_dir, put_evaluation, read_journal, run_name, statuses
-from pipeline.run.tracker import Tracker
-from pipeline.sample import write_out
+from pipeline.evaluation.measure import EvaluationPlan, ImagePlan, measure, track
+from pipeline.evaluation.measured import NORMAL_95
+from pipeline.evaluation.nll import Nll, NllPlan
+from pipeline.model import load_trained
 from pipeline.storage.backends import StorageConfig
-from pipeline.storage.store import Store
+from pipeline.storage.store import Store, write_file
 
 
 @dataclass(frozen=True)
@@ -69,347 +40,78 @@ class EvaluateConfig:
     data: str | None = None
     """Folder or URL of the shards; default: the run's --data.url."""
 
-    images: Count = 1024
-    """nll: maximum number of images, chosen at random from the split."""
-    split: str = "val"
-    """nll: split to evaluate on."""
-    exact: bool = False
-    """nll: compute all T terms of the bound, with T network evaluations per image, instead of sampling them."""
-    draws: Count = 16
-    """nll: timesteps to draw per image."""
-    target_se: Limit | None = None
-    """nll: stop once the standard error (with --against, of the difference) is this small, in bits/dim."""
-    chain: str | None = None
-    """nll: bound of a chain of this many evenly spaced steps, e.g. 25, or of the best steps, by dynamic programming,
-    e.g. best25. These are other quantities, named nll_strided25 and nll_best25."""
+    nll: Annotated[NllPlan, tyro.conf.arg(name="")] = field(default_factory=NllPlan)
     against: str | None = None
     """nll: compare with this run (its newest checkpoint, or --against-step) on the same images, timesteps and noise."""
     against_step: int | None = None
     """nll: step of the checkpoint to compare with; without --against, of the same run."""
-    images_per_call: Count = 16
-    """nll: images per forward pass, each at draws + 1 timesteps, or with --exact at `timesteps_per_call`."""
-    timesteps_per_call: Count = 32
-    """nll: timesteps of each image per forward pass with --exact."""
     out: str | None = None
     """nll: with --exact or --chain, write the terms by timestep to this CSV file."""
 
-    samples: Count = 10_000
-    """image metrics: images to draw. Values for different numbers of images are not comparable; IDDPM uses 50,000."""
-    sampler: Literal["ancestral", "ddim"] = "ancestral"
-    """image metrics: IDDPM's own sampler, or DDIM."""
-    steps: Count | None = None
-    """image metrics: steps of the strided chain; default: the run's --sample-steps."""
-    eta: float = 0.0
-    """image metrics: DDIM's η, 0 to 1."""
-    batch_size: Count = 64
-    """image metrics: images drawn at a time."""
-    features: str = "inception"
-    """image metrics: inception; `trained`, a small network trained on the data's labels, whose metrics are named after
-    the data (fd_digits); or the name of one of torch-fidelity's networks."""
-    inception: str | None = None
-    """image metrics: path or URL of torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
-    download: bool = False
-    """image metrics: allow downloading those weights from their publisher."""
-    reference: str | None = None
-    """image metrics: path or URL of a reference batch of the guided-diffusion evaluator (.npz), instead of the
-    training images."""
-    neighbours: Count = 3
-    """precision, recall: neighbours k (IDDPM uses 5)."""
-
+    images: Annotated[ImagePlan, tyro.conf.arg(name="")] = field(default_factory=ImagePlan)
     storage: StorageConfig = field(default_factory=StorageConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        check_bounds(self, error=InputError)
-        Recipe(self.sampler, 1 if self.steps is None else self.steps, self.eta, self.seed)
-        self.wanted  # noqa: B018  # raises if invalid
-        if self.out and not (self.exact or self.chain):
-            raise InputError("--out: needs --exact or --chain")
-        if "is" in self.wanted and self.features not in CLASSIFIERS:
-            raise InputError(
-                f"--metrics is: needs a classifier, got --features {self.features}; use inception or trained"
-            )
-        if {"precision", "recall"}.intersection(self.wanted) and self.neighbours >= self.samples:
-            raise InputError(f"--neighbours: got {self.neighbours}, expected less than --samples = {self.samples}")
         self.plan  # noqa: B018  # raises if invalid
-        if (self.against or self.against_step is not None) and self.plan.best:
+        if self.out and not self.nll.all_terms:
+            raise InputError("--out: needs --exact or --chain")
+        if self.compares and self.nll.best:
             raise InputError(
                 "--chain best…: is optimised for one model; it cannot be combined with --against or --against-step"
             )
 
     @cached_property
-    def wanted(self) -> tuple[str, ...]:
-        """The metrics of --metrics."""
-        return check_metrics(self.metrics, "--metrics")
+    def plan(self) -> EvaluationPlan:
+        """What to measure."""
+        metrics = check_metrics(self.metrics, "--metrics")
+        return EvaluationPlan(metrics, self.seed, self.nll, self.images)
 
     @property
-    def image_metrics(self) -> tuple[str, ...]:
-        """The wanted metrics of generated images."""
-        return tuple(name for name in self.wanted if name != "nll")
-
-    @property
-    def plan(self) -> NllPlan:
-        return NllPlan(
-            self.images,
-            self.seed,
-            self.exact,
-            self.draws,
-            self.target_se,
-            self.chain,
-            self.images_per_call,
-            self.timesteps_per_call,
-        )
-
-    def evaluations(self, run: TrainConfig) -> int:
-        """Return the maximum number of forward passes of one image to evaluate one checkpoint of such a run."""
-        nll = self.plan.evaluations(run.diffusion.timesteps) if "nll" in self.wanted else 0
-        return nll + (self.samples * (self.steps or run.sample_steps) if self.image_metrics else 0)
+    def compares(self) -> bool:
+        """Whether there is a second model."""
+        return bool(self.against) or self.against_step is not None
 
 
 def main(config: EvaluateConfig, world: World) -> None:
     run = Store(config.run, config.storage)
-    load = partial(load_trained, world=world, ema_rate=config.ema_rate, fuse=config.launch.compile)
-    models = [load(run, step=config.step)]
-    if config.against or config.against_step is not None:
+    fuse = config.launch.compile
+    models = [load_trained(run, world, config.ema_rate, config.step, fuse=fuse)]
+    if config.compares:
         other = Store(config.against, config.storage) if config.against else run
-        models.append(load(other, step=config.against_step))
+        models.append(load_trained(other, world, config.ema_rate, config.against_step, fuse=fuse))
     data = Store(config.data or models[0].config.data.url, config.storage)
-    found = measure(models, config, data, world, run)
 
-    def tell() -> None:
-        for value in found:
+    def show_nll(nll: Nll) -> None:
+        if config.out:
+            write_file(config.out, _terms_csv(nll), config.storage)
+        print(nll.summary())
+        if config.compares:
+            print(_verdict(*nll.difference))
+
+    values = measure(models, config.plan, data, world, run, show_nll)
+
+    def show_and_track() -> None:
+        for value in values:
             print(value)
-        track(models[0], [value for value in found if not value.name.endswith("_difference")], run, config.tracking)
+        of_model = [value for value in values if not value.name.endswith("_difference")]
+        track(models[0], of_model, run, config.tracking)
 
-    world.only_on_rank0(tell)
-
-
-def measure(
-    models: Sequence[Trained], config: EvaluateConfig, data: Store, world: World, run: Store | None = None
-) -> list[Measured]:
-    """Return the values on rank 0, and an empty list on the others.
-
-    With the first model's `run`, shows progress and saves partial results there, from which the same call resumes.
-    """
-    trained = models[0].config
-    cache = Cache.of(trained.data)
-    tools = None
-    if config.image_metrics:  # first, so that a missing input is reported before anything is measured
-        recipe, index, features = image_tools(config, trained, data, world)
-        reference = _reference(config, data, index, features, cache, world)
-        tools = recipe, features, reference
-    found: list[Measured] = []
-    if "nll" in config.wanted:
-        found += _nll(models, config, data, cache, world, run)
-    if tools:
-        found += _image_metrics(models[0], config, *tools, world, run)
-    return found if world.rank == 0 else []
+    world.only_on_rank0(show_and_track)
 
 
-def _nll(
-    models: Sequence[Trained], config: EvaluateConfig, data: Store, cache: Cache, world: World, run: Store | None
-) -> list[Measured]:
-    index = _index(data, config.split, [model.config for model in models], world)
-    plan = config.plan
-    reader = Reader(data, index, cache)
-    with closing(reader):
-        nll = measure_nll(
-            models,
-            plan,
-            reader.read,
-            index.num_samples,
-            world,
-            store=run,
-            identity=[index.digest, [m.identity for m in models]],
-            progress=run is not None,
-        )
-    if config.out:
-        world.only_on_rank0(partial(write_out, config.out, _terms_csv(nll), config.storage))
-    if world.rank != 0:
-        return []
-    shared = {"n": nll.total.shape[1], "split": config.split, "data": index.digest[:16], "seed": config.seed}
-    found = []
-    for i, model in enumerate(models):
-        passport = {**shared, "estimator": plan.estimator, "T": model.config.diffusion.timesteps, "ema": model.ema_rate}
-        found.append(Measured(plan.name, nll.mean(i), model.step, passport, nll.standard_error(i)))
-    if run:
-        print(report(nll))
-    if len(models) > 1:
-        value, error = nll.difference
-        found.append(Measured(f"{plan.name}_difference", value, models[0].step, found[0].passport, error))
-        verdict = "lower" if value < 0 else "higher"
-        low, high = found[-1].interval
-        clear = low > 0 or high < 0
-        print(f"the first is {verdict}, {'clearly' if clear else 'but not significantly'} (95 %)")
-    return found
-
-
-def _image_metrics(
-    trained: Trained,
-    config: EvaluateConfig,
-    recipe: Recipe,
-    features: Features,
-    reference: Reference,
-    world: World,
-    run: Store | None,
-) -> list[Measured]:
-    images = {"n": config.samples, "ema": trained.ema_rate, **asdict(recipe), "features": features.digest}
-    blocks = Blocks(world, run, "images", [trained.identity, config.batch_size, images])
-
-    def draw(number: int) -> Block:
-        lo = number * config.batch_size
-        hi = min(lo + config.batch_size, config.samples)
-        (drawn,) = draw_batches(trained, recipe, lo, hi, device=world.device, batch_size=config.batch_size)
-        return features.extract(drawn)
-
-    blocks.extend(math.ceil(config.samples / config.batch_size), draw, progress="sampling" if run else None)
-
-    def finish() -> dict[str, tuple[float, dict[str, Any]]]:
-        values = image_metrics(blocks.found, reference, features, config.image_metrics, config.neighbours)
-        blocks.delete()  # about 12 KB per image
-        return values
-
-    values = world.on_rank0(finish)
-    passport = images | {"reference": reference.digest}
-    return [
-        Measured(features.metric(name), value, trained.step, passport | more) for name, (value, more) in values.items()
-    ]
-
-
-def real_floor(config: EvaluateConfig, run: TrainConfig, data: Store, world: World) -> list[Measured]:
-    """Compute the image metrics of real images instead of `config.samples` generated ones: a floor for any model.
-
-    Uses validation images if there are enough; else training images, whose values are too low because they are part of
-    the reference. The passport says which. Raises InputError if there are too few. For a single process.
-    """
-    cache = Cache.of(run.data)
-    wanted = set(config.image_metrics)
-    if not wanted:
-        return []
-    _, index, features = image_tools(config, run, data, world)
-    reference = _reference(config, data, index, features, cache, world)
-    try:
-        real = _index(data, "val", [run], world)
-    except FileNotFoundError:
-        real = None
-    if real is None or real.num_samples < config.samples:
-        real = index or _index(data, "train", [run], world)
-        wanted -= NEAR  # these would compare the images with themselves
-        if real.num_samples <= config.samples:
-            raise InputError(f"{data}: expected more than --samples = {config.samples} images; lower --samples")
-    seen = [features.extract(images) for images in spread_images(data, real, cache, config.samples)]
-    values = image_metrics(seen, reference, features, wanted, config.neighbours)
-    n = sum(len(block["features"]) for block in seen)
-    passport = {"n": n, "real": real.split, "features": features.digest, "reference": reference.digest}
-    return [Measured(features.metric(name), value, 0, passport | more) for name, (value, more) in values.items()]
-
-
-def _reference(
-    config: EvaluateConfig, data: Store, index: ShardIndex | None, features: Features, cache: Cache, world: World
-) -> Reference:
-    if config.reference:
-        reference = npz_reference(config.reference, config.storage, features, world)
-        if reference.images is None and (near := NEAR.intersection(config.wanted)):
-            raise InputError(f"{', '.join(sorted(near))}: need real images; the reference has only moments")
-        return reference
-    assert index, "image_tools has it"
-    return dataset_reference(data, index, features, world, cache)
-
-
-def image_tools(
-    config: EvaluateConfig, run: TrainConfig, data: Store, world: World
-) -> tuple[Recipe, ShardIndex | None, Features]:
-    """Return the sampling recipe, the reference dataset (None: only --reference) and the features of such a run.
-
-    Raises InputError if any of them is unavailable.
-    """
-    recipe = Recipe(config.sampler, config.steps or run.sample_steps, config.eta, config.seed)
-    recipe.chain(run.diffusion, world.device)  # raises if invalid, before anything slow
-    index = _index(data, "train", [run], world) if config.features == "trained" or not config.reference else None
-    if index and config.features == "trained":
-        return recipe, index, trained_features(data, index, world)
-    if config.features == "inception":
-        return recipe, index, inception_features(config.inception, config.download, config.storage, world.device)
-    return recipe, index, torch_fidelity_features(config.features, None, world.device)
-
-
-def _index(data: Store, split: str, runs: Sequence[TrainConfig], world: World) -> ShardIndex:
-    index = load_index(data, split, check=world.local_rank == 0)
-    for run in runs:
-        expected = image_shape(run)
-        if index.shape != expected:
-            raise InputError(f"{data}: got images of {index.shape} (channels, height, width), expected {expected}")
-    return index
-
-
-def track(trained: Trained, found: Sequence[Measured], run: Store, tracking: TrackingConfig) -> None:
-    """Log values to the run's journal, and through it to MLflow; the run keeps its status there."""
-    folder = journal_dir(run)
-    fetch_journal(run, folder)
-    meta = trained.meta
-    told = statuses(read_journal(folder))
-    tracker = Tracker(
-        folder,
-        tracking,
-        uid=meta["uid"],
-        name=tracking.name or run_name(run.url),
-        run_config=record(trained.config),
-        dataset={
-            "url": trained.config.data.url,
-            "name": run_name(trained.config.data.url),
-            "digest": meta["dataset_digest"] or "unknown",
-        },
-    )
-    line = tracker.evaluation(trained.step, *logged(trained, found))
-    if run.local is None:
-        put_evaluation(run, line)
-    tracker.close(told[-1] if told else "FINISHED")
-
-
-def logged(trained: Trained, found: Sequence[Measured]) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-    """Return the metrics `eval/NAME`, `eval/NAME_se` if there is a standard error, and the training compute so far;
-    and the passports by metric.
-    """
-    values = {"eval/train_flops": float(trained.meta["train_flops"])} if "train_flops" in trained.meta else {}
-    passports: dict[str, dict[str, Any]] = {}
-    for value in found:
-        key = f"eval/{value.name}"
-        if value.step == trained.step and key not in values:
-            values[key], passports[key] = value.value, value.passport
-            if value.standard_error is not None:
-                values[f"{key}_se"] = value.standard_error
-    return values, passports
-
-
-def report(nll: Nll) -> str:
-    """Format the total of each model, and its parts, as text."""
-    lines = []
-    count, steps = nll.total.shape[1], len(nll.timesteps)
-    for i in range(len(nll.total)):
-        lines += [
-            f"bits/dim  {nll.mean(i):.4f} +- {nll.standard_error(i):.4f} (standard error over {count} images)",
-            f"  prior       L_T    {nll.prior[i]:.6f}",
-            f"  decoder     L_0    {nll.decoder[i]:.4f}",
-        ]
-        if nll.vb is not None and nll.mse is not None:
-            edges = sorted({1, *(round(steps * q / 4) for q in (1, 2, 3, 4))})
-            for lo, hi in pairwise(edges):
-                label = f"t = {nll.timesteps[lo]}..{nll.timesteps[hi - 1]}"
-                terms, mse = nll.vb[i, lo:hi].sum(), nll.mse[i, lo:hi].mean()
-                lines.append(f"  {label:18s} {terms:.4f}   (noise mse {mse:.4f})")
-    saved = f", {count * steps / nll.evaluations:.0f} times fewer than all" if nll.vb is None else ""
-    return "\n".join([*lines, f"  {nll.evaluations:,} network evaluations{saved}"])
+def _verdict(difference: float, standard_error: float) -> str:
+    lower = "lower" if difference < 0 else "higher"
+    clear = abs(difference) > NORMAL_95 * standard_error
+    return f"the first is {lower}, {'clearly' if clear else 'but not significantly'} (95 %)"
 
 
 def _terms_csv(nll: Nll) -> bytes:
-    assert nll.vb is not None
-    assert nll.mse is not None
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["timestep", "vb_bits_per_dim", "eps_mse"])
-    writer.writerows(zip(nll.timesteps, nll.vb[0].tolist(), nll.mse[0].tolist(), strict=True))
-    return table.getvalue().encode()
+    rows = zip(nll.timesteps, nll.vb[0].tolist(), nll.mse[0].tolist(), strict=True)
+    lines = ["timestep,vb_bits_per_dim,eps_mse"]
+    lines += [f"{timestep},{vb},{mse}" for timestep, vb, mse in rows]
+    return "\n".join([*lines, ""]).encode()
 
 
 if __name__ == "__main__":

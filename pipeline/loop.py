@@ -23,7 +23,8 @@ from pipeline.data.stream import Batch, stream
 from pipeline.distributed.world import World
 from pipeline.drawing import Recipe, draw
 from pipeline.errors import InputError
-from pipeline.evaluate import EvaluateConfig, logged, measure
+from pipeline.evaluation.measure import EvaluationPlan, ImagePlan, logged, measure
+from pipeline.evaluation.nll import NllPlan
 from pipeline.hardware import device_name, peak_flops
 from pipeline.images import grid_png
 from pipeline.model import Trained, image_shape, with_weights
@@ -215,17 +216,12 @@ def _draw_grid(state: TrainState, recorder: Recorder, world: World) -> None:
 def _evaluate(state: TrainState, recorder: Recorder, data: Store, world: World) -> None:
     """Evaluate the first moving average as `python -m pipeline.evaluate` would."""
     config = state.config
-    plan = EvaluateConfig(
-        config.out,
-        config.eval_metrics,
-        images=config.eval_images,
-        samples=config.eval_images,
-        features="trained",
-        storage=config.storage,
-    )
+    nll = NllPlan(config.eval_images)
+    images = ImagePlan(config.eval_images, features="trained")
     if config.microbatch:  # limits memory here too
-        calls = max(1, config.microbatch // (plan.draws + 1))
-        plan = replace(plan, images_per_call=calls, batch_size=config.microbatch)
+        nll = replace(nll, images_per_call=max(1, config.microbatch // (nll.draws + 1)))
+        images = replace(images, batch_size=config.microbatch)
+    plan = EvaluationPlan(config.metrics, nll=nll, images=images)
     with _average(state) as trained:
         measured = measure([trained], plan, data, world)
     if measured:  # on rank 0

@@ -6,23 +6,18 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 from iddpm.bounds import Count, check_bounds
 from pipeline.cli import parse_flags
 from pipeline.config import LaunchConfig
 from pipeline.distributed.world import World
-from pipeline.drawing import Recipe, _classes, draw, interpolate
+from pipeline.drawing import Recipe, draw, interpolate
 from pipeline.errors import InputError
 from pipeline.images import batch_npz, grid_png
 from pipeline.model import load_trained
 from pipeline.storage.backends import StorageConfig
-from pipeline.storage.store import Store, locate
-
-
-def write_out(out: str, data: bytes, storage: StorageConfig) -> None:
-    """Write a file to a path or URL."""
-    store, name = locate(out, storage)
-    store.write(name, data)
+from pipeline.storage.store import Store, write_file
 
 
 @dataclass(frozen=True)
@@ -70,45 +65,36 @@ class SampleConfig:
 
 
 def main(config: SampleConfig, world: World) -> None:
-    store = Store(config.run, config.storage)
-    trained = load_trained(store, world, config.ema_rate, config.step, fuse=config.launch.compile)
-    run = trained.config
-    steps = run.sample_steps if config.steps is None else config.steps
-    recipe = Recipe("ddim" if config.between else config.sampler, steps, config.eta, config.seed)
-    if config.progressive and config.progressive > steps:
-        raise InputError(f"--progressive: got {config.progressive}, expected at most the {steps} steps of the chain")
-    columns = config.progressive
+    # What to draw: mistakes are reported before anything is drawn.
+    run = Store(config.run, config.storage)
+    trained = load_trained(run, world, config.ema_rate, config.step, fuse=config.launch.compile)
+    steps, frames = config.steps or trained.config.sample_steps, config.progressive or 0
+    sampler = "ddim" if config.between else config.sampler
+    recipe = Recipe(sampler, steps, config.eta, config.seed, config.classes, frames)
+    if frames > steps:
+        raise InputError(f"--progressive: got {frames}, expected at most the {steps} steps of the chain")
+    numbers = torch.arange(config.count)
+    labels = recipe.labels(trained.config, torch.zeros_like(numbers) if config.between else numbers)
+
+    # The images, on rank 0, which writes them.
     if config.between:
-        images = interpolate(trained, recipe, config.between, config.count, world, config.classes)
-        columns = config.count
+        images = interpolate(trained, recipe, config.between, config.count, world)
     else:
-        images = draw(
-            trained,
-            recipe,
-            config.count,
-            world,
-            classes=config.classes,
-            frames=config.progressive,
-            batch_size=config.batch_size,
-            progress=True,
-        )
-
-    def write() -> None:
-        assert images is not None, "rank 0 has them"
-        if config.out.endswith(".npz"):
-            kinds = _classes(run, config.classes, torch.device("cpu"))
-            if kinds is not None:
-                kinds = kinds[torch.arange(len(images)) % (1 if config.between else len(kinds))]
-            data = batch_npz(images.numpy(), kinds if kinds is None else kinds.numpy())
-        else:
-            data = grid_png((images.flatten(0, 1) if config.progressive else images).numpy(), columns)
-        write_out(config.out, data, config.storage)
-
-    world.only_on_rank0(write)
+        images = draw(trained, recipe, config.count, world, config.batch_size, progress=True)
+    world.only_on_rank0(lambda: write_file(config.out, _encode(config, images, labels), config.storage))
     world.say(
         f"{config.count} images, {recipe.sampler}, {steps} steps, EMA {trained.ema_rate:g}, step {trained.step}:"
         f" {config.out}"
     )
+
+
+def _encode(config: SampleConfig, images: Tensor | None, labels: Tensor | None) -> bytes:
+    assert images is not None, "rank 0 has them"
+    if config.out.endswith(".npz"):
+        return batch_npz(images.numpy(), labels.numpy() if labels is not None else None)
+    if config.progressive:
+        return grid_png(images.flatten(0, 1).numpy(), config.progressive)
+    return grid_png(images.numpy(), config.count if config.between else None)
 
 
 if __name__ == "__main__":

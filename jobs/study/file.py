@@ -116,7 +116,7 @@ class Study:
         options = parse_flags(EvaluateConfig, [self.name, *self.evaluate], "The study's `evaluate:` section.")
         if any(map(carries_credentials, self.evaluate)):
             fail_usage(InputError("evaluate: a URL there carries credentials, which would be recorded"))
-        if not {"nll", "fid", "kid"}.issuperset(options.wanted):
+        if not {"nll", "fid", "kid"}.issuperset(options.plan.metrics):
             fail_usage(InputError(f"evaluate.metrics: got {options.metrics!r}, expected comma-separated nll, fid, kid"))
         return replace(options, storage=self.runs[0].config.storage)
 

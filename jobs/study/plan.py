@@ -68,7 +68,7 @@ def plan(options: Plan) -> None:
         steps = horizon_steps(run.at(budget), cost.train)
         flops = float(steps * run.config.batch_size * cost.train)
         epochs = f"{steps * run.config.batch_size / images:.2f}" if images else "-"
-        points = float(len(run.budgets) * study.evaluation.evaluations(run.config) * cost.forward)
+        points = float(len(run.budgets) * study.evaluation.plan.evaluations(run.config) * cost.forward)
         training, measuring = training + flops, measuring + points
         hours = (flops + points) / peak / 3600
         rows.append([run.name, f"{run.config.lr:.3g}", f"{cost.parameters:,}", f"{cost.forward / 2e9:.4g}G"])

@@ -37,8 +37,8 @@ def measure(study: Study, run: Run, budget: float) -> None:
     """Measure a run that has reached its budget; write the point to the study's store, the journal and MLflow."""
     from iddpm.flops import count_parameters, train_flops
     from jobs.study.scaling import ComputePoint
-    from pipeline import evaluate
     from pipeline.distributed.world import World, pick_device
+    from pipeline.evaluation import measure as evaluation
     from pipeline.model import load_trained
 
     config = run.config
@@ -49,9 +49,10 @@ def measure(study: Study, run: Run, budget: float) -> None:
     flops = trained.meta["train_flops"]
     common = {"train_data": trained.meta["dataset_digest"], "batch_size": config.batch_size}
     common |= {"diffusion": asdict(config.diffusion), "precision": config.precision}
-    found = evaluate.measure([trained], options, study.evaluation_data, world, run.store)
+    data = study.evaluation_data
+    found = evaluation.measure([trained], options.plan, data, world, run.store, lambda nll: print(nll.summary()))
     found = [replace(value, passport=value.passport | common) for value in found]
-    evaluate.track(trained, found, run.store, config.tracking)
+    evaluation.track(trained, found, run.store, config.tracking)
     spent = {
         "run": run.name,
         "parameters": count_parameters(config.model, config.out_channels),

@@ -30,7 +30,7 @@ from jobs.study.scaling import (
 )
 from pipeline.distributed.world import World, pick_device
 from pipeline.errors import InputError, UserError
-from pipeline.evaluate import real_floor
+from pipeline.evaluation.measure import real_floor
 from pipeline.evaluation.measured import Measured
 from pipeline.masking import mask
 from pipeline.run.mlflow import connect, find_or_create_run
@@ -165,7 +165,7 @@ def _floors(study: Study) -> dict[str, Measured]:
     if content.get("evaluate") != list(study.evaluate):
         try:
             world = World(device=pick_device("auto", 0))
-            found = real_floor(options, study.runs[0].config, study.evaluation_data, world)
+            found = real_floor(options.plan, study.runs[0].config, study.evaluation_data, world)
         except (UserError, OSError) as error:
             print(f"warning: cannot measure the metrics of real images: {error}")
             return {}

@@ -144,7 +144,7 @@ def _prepare(study: Study) -> None:
     """
     from pipeline.data.shards import load_index
     from pipeline.distributed.world import World
-    from pipeline.evaluate import image_tools
+    from pipeline.evaluation.measure import ImageMetrics
 
     config, options = study.runs[0].config, study.evaluation
     rates = (None, 0, *config.ema_rates)
@@ -153,12 +153,12 @@ def _prepare(study: Study) -> None:
     study.store.check(write=True, once=True)
     provide_digits(config)
     data = study.evaluation_data
-    if "nll" in options.wanted:
-        options.plan.check(config.diffusion.timesteps)
+    if "nll" in options.plan.metrics:
+        options.nll.check(config.diffusion.timesteps)
         if data.local is None or data.local.exists():  # or only the nodes have it
-            load_index(data, options.split)
-    if options.image_metrics:
-        image_tools(options, config, data, World())
+            load_index(data, options.nll.split)
+    if options.plan.image_metrics:
+        ImageMetrics(options.plan, config, data, World())
     uri = config.tracking.mlflow_uri
     if uri is None:
         return

@@ -4,7 +4,9 @@ import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from urllib.error import URLError
 
@@ -69,17 +71,6 @@ class Features:
         return {"features": features.float().cpu(), "logits": logits.float().cpu()}
 
 
-def inception_features(weights: str | None, download: bool, storage: StorageConfig, device: torch.device) -> Features:
-    """Load the 2015-12-05 Inception network from a path, a URL, torch's cache or, if allowed, its publisher.
-
-    Raises InputError if the weights are unavailable or are not the expected ones.
-    """
-    path = _inception_path(weights, download, storage)
-    _check_inception(str(path), path.read_bytes())
-    torch.load(path, weights_only=True)  # torch-fidelity itself would run code in the file
-    return torch_fidelity_features(INCEPTION, path, device)
-
-
 def _check_inception(where: str, data: bytes) -> None:
     digest = hashlib.sha256(data).hexdigest()
     if not digest.startswith(INCEPTION_SHA256):
@@ -87,6 +78,7 @@ def _check_inception(where: str, data: bytes) -> None:
 
 
 def _inception_path(weights: str | None, download: bool, storage: StorageConfig) -> Path:
+    """Return a local file of the weights; those from elsewhere are first copied to torch's cache."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
     if weights and "://" not in weights:
         if not Path(weights).is_file():
@@ -114,10 +106,22 @@ def _inception_path(weights: str | None, download: bool, storage: StorageConfig)
     return cached
 
 
-def torch_fidelity_features(name: str, weights: Path | None, device: torch.device) -> Features:
-    """Load one of torch-fidelity's networks by its registered name; without `weights`, downloads them."""
+def pretrained_features(
+    name: str, weights: str | None, download: bool, storage: StorageConfig, device: torch.device
+) -> Features:
+    """Load "inception", the network of 2015-12-05, or another of torch-fidelity's by its registered name.
+
+    `weights` are Inception's, and only with `download` may they come from their publisher. The other networks download
+    their own. Raises InputError if the weights are unavailable or are not the expected ones.
+    """
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+    path = None
+    if name == "inception":
+        path = _inception_path(weights, download, storage)
+        _check_inception(str(path), path.read_bytes())
+        torch.load(path, weights_only=True)  # torch-fidelity itself would run code in the file
+        name = INCEPTION
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         have = ", ".join(["inception", "trained", *FEATURE_EXTRACTORS_REGISTRY])
         raise InputError(f"--features: got {name!r}, expected one of {have}")
@@ -126,17 +130,16 @@ def torch_fidelity_features(name: str, weights: Path | None, device: torch.devic
     if name in CLASSIFIERS:
         layers.append(kind.get_default_feature_layer_for_metric("isc"))
     try:
-        extractor = kind(name, layers, feature_extractor_weights_path=weights and str(weights), verbose=False)
+        extractor = kind(name, layers, feature_extractor_weights_path=path and str(path), verbose=False)
     except (URLError, OSError) as error:
         raise InputError(f"--features {name}: its weights cannot be downloaded here ({error})") from error
     extractor = extractor.to(device).eval().requires_grad_(False)
 
     def network(images: Tensor) -> tuple[Tensor, Tensor]:
-        features = extractor(images.expand(-1, 3, -1, -1).contiguous())
-        return features[0], features[1] if len(features) > 1 else features[0][:, :0]
+        features, *logits = extractor(images.expand(-1, 3, -1, -1).contiguous())
+        return features, logits[0] if logits else features[:, :0]
 
-    short = "inception" if name == INCEPTION else name
-    return Features(short, _digest(extractor), network, device)
+    return Features("inception" if name == INCEPTION else name, _digest(extractor), network, device)
 
 
 class Classifier(nn.Module):
@@ -171,43 +174,40 @@ def trained_features(data: Store, index: ShardIndex, world: World, steps: int = 
     """
     if index.num_classes < 2:
         raise InputError("--features trained: needs class labels; this dataset has none")
-    network = Classifier(index.shape[0], index.num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Classifier(index.shape[0], index.num_classes)
     recipe = hashlib.sha256(f"{network}{steps}".encode()).hexdigest()[:8]
     name = f"{CACHE}/features-{index.digest}-{recipe}.safetensors"
 
     def weights() -> bytes:
-        try:
+        if data.exists(name):
             return data.read(name)
-        except FileNotFoundError:
-            return _keep(data, name, save(_train_classifier(data, index, steps).state_dict()))
+        _train(network, data, index, steps)
+        return store_once(data, name, save(network.state_dict()))
 
     network.load_state_dict(load(world.on_rank0(weights)))
     network = network.to(world.device).eval().requires_grad_(False)
     return Features(short_name(index), _digest(network), network, world.device)
 
 
-def _train_classifier(data: Store, index: ShardIndex, steps: int) -> Classifier:
+def _train(network: Classifier, data: Store, index: ShardIndex, steps: int) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the last bits of float32 results depend on it
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            network = Classifier(index.shape[0], index.num_classes)
-        optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-        batches = stream(data, index, seed=0, position=0, batch_size=128)
-        for _ in range(steps):
-            batch = next(batches)
-            loss = nn.functional.cross_entropy(network(batch.images)[1], batch.labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        batches.close()
+        with closing(stream(data, index, seed=0, position=0, batch_size=128)) as batches:
+            for batch in islice(batches, steps):
+                _, logits = network(batch.images)
+                loss = nn.functional.cross_entropy(logits, batch.labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
     finally:
         torch.set_num_threads(threads)
-    return network
 
 
-def _keep(store: Store, name: str, data: bytes) -> bytes:
+def store_once(store: Store, name: str, data: bytes) -> bytes:
     """Store `data` unless another process has; return what is stored. A read-only store only causes a warning."""
     try:
         return data if store.create(name, data) else store.read(name)
@@ -224,7 +224,7 @@ def short_name(index: ShardIndex) -> str:
 
 def _digest(network: nn.Module) -> str:
     """Hash the weights, and the layers, since some have no weights."""
-    digest, state = hashlib.sha256(repr(network).encode()), network.state_dict()
-    for name in sorted(state):
-        digest.update(name.encode() + state[name].cpu().contiguous().numpy().tobytes())
+    digest = hashlib.sha256(repr(network).encode())
+    for name, weight in sorted(network.state_dict().items()):
+        digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -31,42 +31,46 @@ class Blocks:
         self.world, self.store = world, store
         text = json.dumps(identity, sort_keys=True, default=str)
         self.prefix = f"evaluation/{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}-"
-        self.found: list[Block] = []
+        self.computed: list[Block] = []
         """Filled on rank 0 only."""
         world.only_on_rank0(self._load)
-        self.kept = len(self.found)
+        self.saved = len(self.computed)
 
     def extend(
         self,
         count: int,
         measure: Callable[[int], Block],
         enough: Callable[[list[Block]], bool] = lambda _: False,
-        progress: str | None = None,
+        label: str | None = None,
     ) -> None:
         """Compute blocks, one per rank at a time, until there are `count` or rank 0 has `enough`.
 
-        `measure(i)` computes block i. `progress` is the label of a progress bar; None shows no bar.
+        `measure(i)` computes block i. With a `label`, and a store, there is a progress bar.
         """
-        world, saved = self.world, time.monotonic()
-        with tqdm(
-            total=count, unit="block", desc=progress, disable=None if progress and not world.rank else True
-        ) as bar:
+        world, last_save = self.world, time.monotonic()
+        shown = label and self.store and world.rank == 0
+
+        def block(number: int) -> Block | None:
+            return measure(number) if number < count else None
+
+        with tqdm(total=count, unit="block", desc=label, disable=None if shown else True) as bar:
             while True:
-                done = world.rank == 0 and enough(self.found)
-                due = time.monotonic() - saved > SAVE_S
-                first, due = world.broadcast_object((count if done else len(self.found), due))
+                # Rank 0 decides for all ranks where to go on, and whether to save first.
+                done = world.rank == 0 and enough(self.computed)
+                due = time.monotonic() - last_save > SAVE_S
+                first, due = world.broadcast_object((count if done else len(self.computed), due))
                 bar.update(first - bar.n)
                 if first >= count:
                     break
                 if due:
                     world.only_on_rank0(self._save)
-                    saved = time.monotonic()
-                number = first + world.rank
-                work: Callable[[], Block | None] = partial(measure, number) if number < count else lambda: None
-                for block in world.to_rank0(work):
-                    # Drop surplus blocks, so that the result does not depend on the number of ranks.
-                    if block and not enough(self.found):
-                        self.found.append(block)
+                    last_save = time.monotonic()
+
+                # Each rank computes one block. Rank 0 keeps them in order and drops those after the last that is
+                # needed, so that the result does not depend on the number of ranks.
+                for result in world.to_rank0(partial(block, first + world.rank)):
+                    if result and not enough(self.computed):
+                        self.computed.append(result)
         world.only_on_rank0(self._save)
 
     def delete(self) -> None:
@@ -76,12 +80,16 @@ class Blocks:
                 self.store.delete(name)
 
     def _save(self) -> None:
-        if self.store and self.kept < len(self.found):
-            new = enumerate(self.found[self.kept :], self.kept)
-            # safetensors requires that tensors share no memory.
-            tensors = {f"{i}.{name}": tensor.contiguous().clone() for i, block in new for name, tensor in block.items()}
-            self.store.write(f"{self.prefix}{self.kept:08d}.safetensors", save(tensors))
-            self.kept = len(self.found)
+        """Store the blocks computed since the last call in one file, named by the number of its first."""
+        if not self.store or self.saved == len(self.computed):
+            return
+        tensors = {}
+        for number in range(self.saved, len(self.computed)):
+            for name, tensor in self.computed[number].items():
+                # safetensors requires that tensors share no memory.
+                tensors[f"{number}.{name}"] = tensor.contiguous().clone()
+        self.store.write(f"{self.prefix}{self.saved:08d}.safetensors", save(tensors))
+        self.saved = len(self.computed)
 
     def _load(self) -> None:
         """Load the stored blocks up to the first missing one."""
@@ -96,5 +104,5 @@ class Blocks:
             for key, tensor in tensors.items():
                 number, _, name = key.partition(".")
                 blocks.setdefault(int(number), {})[name] = tensor
-        while block := blocks.get(len(self.found)):
-            self.found.append(block)
+        while block := blocks.get(len(self.computed)):
+            self.computed.append(block)

@@ -236,6 +236,12 @@ def locate(url: str, config: StorageConfig) -> tuple[Store, str]:
     return Store(folder or ("/" if url.startswith("/") else "."), config), name
 
 
+def write_file(url: str, data: bytes, config: StorageConfig) -> None:
+    """Write a file to a path or URL."""
+    store, name = locate(url, config)
+    store.write(name, data)
+
+
 def _join(url: str, name: str) -> str:
     return url + ("" if url.endswith("/") else "/") + name
 

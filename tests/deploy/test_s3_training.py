@@ -20,6 +20,7 @@ from pipeline import evaluate, sample
 from pipeline.data.order import expected_digest
 from pipeline.data.shards import load_index
 from pipeline.distributed.world import World
+from pipeline.evaluation.nll import NllPlan
 from pipeline.loop import train
 from pipeline.prepare import prepare_digits
 from pipeline.run.checkpoint import Checkpoints
@@ -134,7 +135,7 @@ def test_faults_kills_and_other_worlds_change_nothing(
         # Sampling and evaluation read through the same faults.
         grid, config = tmp_path / "grid.png", StorageConfig(proxy.url, deadline_s=90)
         sample.main(sample.SampleConfig(run, out=str(grid), count=4, storage=config), World())
-        evaluate.main(evaluate.EvaluateConfig(run, images=4, storage=config), World())
+        evaluate.main(evaluate.EvaluateConfig(run, nll=NllPlan(4), storage=config), World())
         said = capsys.readouterr().out
         assert "step 72" in said
         assert "bits/dim" in said

@@ -14,15 +14,18 @@ import torch
 from conftest import tiny
 from ranks import Ranks, in_world
 
-from pipeline import evaluate
+from pipeline.cli import parse_flags
 from pipeline.config import TrainConfig
 from pipeline.distributed.world import World
 from pipeline.drawing import draw_batches
-from pipeline.evaluate import EvaluateConfig, main, measure, real_floor
+from pipeline.evaluate import EvaluateConfig, main
+from pipeline.evaluation import measure as module
 from pipeline.evaluation import resumable as blocks
 from pipeline.evaluation.features import Features
 from pipeline.evaluation.image_quality import moments_npz
+from pipeline.evaluation.measure import ImagePlan, real_floor
 from pipeline.evaluation.measured import Measured
+from pipeline.evaluation.nll import NllPlan
 from pipeline.loop import train
 from pipeline.model import load_trained
 from pipeline.run.journal import fetch_journal, read_journal
@@ -39,13 +42,13 @@ def evaluations(run: str | Path) -> list[dict[str, Any]]:
 def measured(world: World, config: EvaluateConfig) -> list[Measured]:
     trained = load_trained(Store(config.run, config.storage), world, config.ema_rate, config.step)
     data = Store(config.data or trained.config.data.url, config.storage)
-    return measure([trained], config, data, world, Store(config.run, config.storage))
+    return module.measure([trained], config.plan, data, world, Store(config.run, config.storage))
 
 
 def test_values_go_to_the_terminal_and_the_journal(small_run: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = len(evaluations(small_run))
-    options = {"images": 8, "draws": 2, "samples": 40, "steps": 3, "features": "trained", "neighbours": 4}
-    config = EvaluateConfig(small_run, "nll,fid,precision", **options, **NO_TRACKING)  # type: ignore[arg-type]
+    images = ImagePlan(40, steps=3, features="trained", neighbours=4)
+    config = EvaluateConfig(small_run, "nll,fid,precision", nll=NllPlan(8, draws=2), images=images, **NO_TRACKING)
     main(config, World())
     said = capsys.readouterr().out
     for name in ("nll ", "fd_digits ", "precision_digits ", "n 8, split val", "sampler ancestral, steps 3", "k 4"):
@@ -69,23 +72,23 @@ def test_values_go_to_the_terminal_and_the_journal(small_run: str, capsys: pytes
 def test_what_images_lack_is_said_before_anything_is_measured(
     small_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "measure_nll", None)
+    monkeypatch.setattr(module, "measure_nll", None)
     with pytest.raises(ValueError, match="--inception"):
         main(EvaluateConfig(small_run, "nll,fid", **NO_TRACKING), World())
     np.savez(tmp_path / "moments.npz", mu=np.zeros(64), sigma=np.eye(64))
-    reference = {"reference": str(tmp_path / "moments.npz"), "features": "trained"}
+    images = ImagePlan(reference=str(tmp_path / "moments.npz"), features="trained")
     with pytest.raises(ValueError, match="--reference"):
-        main(EvaluateConfig(small_run, "nll,fid", **reference, **NO_TRACKING), World())
+        main(EvaluateConfig(small_run, "nll,fid", images=images, **NO_TRACKING), World())
     with pytest.raises(ValueError, match="--eta"):
-        EvaluateConfig(small_run, "nll,fid", eta=0.5)
+        ImagePlan(eta=0.5)
     with pytest.raises(ValueError, match="needs a classifier"):
-        EvaluateConfig(small_run, "nll,is", features="clip-vit-b-32")
+        EvaluateConfig(small_run, "nll,is", images=ImagePlan(features="clip-vit-b-32"))
     with pytest.raises(ValueError, match="expected less than --samples = 3"):
-        EvaluateConfig(small_run, "recall", samples=3)
+        EvaluateConfig(small_run, "recall", images=ImagePlan(3))
 
 
 def test_two_checkpoints_of_a_run_are_compared(small_run: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(EvaluateConfig(small_run, images=16, draws=4, against_step=20, **NO_TRACKING), World())
+    main(EvaluateConfig(small_run, nll=NllPlan(16, draws=4), against_step=20, **NO_TRACKING), World())
     said = capsys.readouterr().out
     assert "nll_difference" in said
     assert "the first is lower, clearly" in said
@@ -99,7 +102,7 @@ def test_two_checkpoints_of_a_run_are_compared(small_run: str, capsys: pytest.Ca
 
 def test_exact_writes_its_terms(small_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "terms.csv")
-    main(EvaluateConfig(small_run, images=4, chain="best5", out=out, **NO_TRACKING), World())
+    main(EvaluateConfig(small_run, nll=NllPlan(4, chain="best5"), out=out, **NO_TRACKING), World())
     header, *rows = Path(out).read_text().splitlines()
     assert header == "timestep,vb_bits_per_dim,eps_mse"
     assert len(rows) == 5
@@ -113,24 +116,42 @@ def test_exact_writes_its_terms(small_run: str, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("flags", "says"),
     [
-        ({"metrics": "nll,bpd"}, "expected a comma-separated list of nll, fid"),
-        ({"metrics": ""}, "expected a comma-separated list of nll, fid"),
-        ({"images": 0}, "--images: got 0"),
-        ({"metrics": "fid", "steps": 21, "features": "trained"}, "expected 1 to the run's T = 20"),
-        ({"metrics": "fid", "features": "nonsense"}, "expected one of inception, trained"),
+        (("--metrics", "nll,bpd"), "expected a comma-separated list of nll, fid"),
+        (("--metrics", ""), "expected a comma-separated list of nll, fid"),
+        (("--images", "0"), "--images: got 0"),
+        (("--chain", "x"), "--chain: got 'x'"),
+        (("--eta", "2", "--sampler", "ddim"), "--eta: got 2.0"),
+        (("--timeout-s", "0"), "--timeout-s: got 0"),
     ],
 )
-def test_mistakes_are_one_line(small_run: str, options: dict[str, Any], says: str) -> None:
+def test_mistakes_in_flags_are_bad_usage(
+    flags: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        parse_flags(EvaluateConfig, ["run", *flags], "")
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (ImagePlan(steps=21, features="trained"), "expected 1 to the run's T = 20"),
+        (ImagePlan(features="nonsense"), "expected one of inception, trained"),
+    ],
+)
+def test_what_the_run_lacks_is_said(small_run: str, images: ImagePlan, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        main(EvaluateConfig(small_run, **options, **NO_TRACKING), World())
+        main(EvaluateConfig(small_run, "fid", images=images, **NO_TRACKING), World())
 
 
 def test_moments_alone_are_no_reference_for_all(
     small_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "trained_features", lambda *_: Features("inception", "x", lambda _: _, CPU))
+    monkeypatch.setattr(module, "trained_features", lambda *_: Features("inception", "x", lambda _: _, CPU))
     (tmp_path / "moments.npz").write_bytes(moments_npz(np.ones(64), np.eye(64)))
     config = images_config(small_run, reference=str(tmp_path / "moments.npz"))
     with pytest.raises(ValueError, match="kid, recall: need real images"):
@@ -166,24 +187,24 @@ def test_what_training_cannot_measure_is_refused_at_its_start(digits: str, tmp_p
 def test_what_real_images_get(small_run: str, digits: str, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "train-only", ignore=shutil.ignore_patterns("val*"))
     run, config = trained_config(small_run), images_config(small_run, samples=300)
-    held_out = {value.name: value for value in real_floor(config, run, Store(config.data or run.data.url), World())}
+    held_out = {value.name: value for value in real_floor(config.plan, run, Store(run.data.url), World())}
     assert held_out.keys() == {"fd_digits", "kd_digits", "recall_digits"}
     assert held_out["fd_digits"].passport["real"] == "val"
     # Training images are part of the reference: too close, and useless for metrics that compare with them directly.
-    (part,) = real_floor(config, run, Store(tmp_path / "train-only"), World())
+    (part,) = real_floor(config.plan, run, Store(tmp_path / "train-only"), World())
     assert (part.name, part.passport["real"], part.passport["n"]) == ("fd_digits", "train", 300)
     assert 0 < part.value < held_out["fd_digits"].value
     with pytest.raises(ValueError, match="expected more than --samples = 5000 images"):
-        real_floor(replace(config, samples=5000), run, Store(config.data or run.data.url), World())
+        real_floor(images_config(small_run, samples=5000).plan, run, Store(run.data.url), World())
 
 
 def trained_config(run: str) -> TrainConfig:
     return load_trained(Store(run), World()).config
 
 
-def images_config(run: str, **options: Any) -> EvaluateConfig:
-    fixed = {"samples": 36, "batch_size": 8, "steps": 3, "features": "trained", **options}
-    return EvaluateConfig(run, "fid,kid,recall", **fixed, **NO_TRACKING)
+def images_config(run: str, **plan: Any) -> EvaluateConfig:
+    images = ImagePlan(**{"samples": 36, "batch_size": 8, "steps": 3, "features": "trained", **plan})
+    return EvaluateConfig(run, "fid,kid,recall", images=images, **NO_TRACKING)
 
 
 def killed_evaluation(run: str, after: int) -> None:
@@ -198,7 +219,7 @@ def killed_evaluation(run: str, after: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "SAVE_S", -1.0)
-        patch.setattr(evaluate, "draw_batches", dying)
+        patch.setattr(module, "draw_batches", dying)
         with pytest.raises(KeyboardInterrupt):
             main(images_config(run), World())
 
@@ -216,10 +237,10 @@ def test_a_killed_evaluation_of_images_goes_on_where_it_was(
     drawn = []
 
     def counting(*arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
-        drawn.append(range(*arguments[2:4]))
+        drawn.append(range(*arguments[3:5]))
         return draw_batches(*arguments, **options)
 
-    monkeypatch.setattr(evaluate, "draw_batches", counting)
+    monkeypatch.setattr(module, "draw_batches", counting)
     main(images_config(str(tmp_path / "killed")), World())
     assert drawn == [range(24, 32), range(32, 36)]
     assert capsys.readouterr().out == whole
@@ -232,9 +253,14 @@ def test_images_of_another_measurement_are_not_mixed_in(small_run: str, tmp_path
     killed_evaluation(str(tmp_path / "run"), after=2)
     (kept,) = {path.name[:-14] for path in (tmp_path / "run" / "evaluation").glob("images-*")}
     assert len(list((tmp_path / "run" / "evaluation").glob(f"{kept}*"))) == 2
-    for options in ({"seed": 1}, {"step": 20}, {"ema_rate": 0.5}, {"sampler": "ddim"}, {"steps": 4}, {"samples": 35}):
-        found = measured(World(), images_config(str(tmp_path / "run"), **options))
-        assert found == measured(World(), images_config(small_run, **options))
+    copy, original = images_config(str(tmp_path / "run")), images_config(small_run)
+    for options in ({"seed": 1}, {"step": 20}, {"ema_rate": 0.5}):
+        there, here = (measured(World(), replace(config, **options)) for config in (copy, original))
+        assert there == here
+    for plan in ({"sampler": "ddim"}, {"steps": 4}, {"samples": 35}):
+        images = replace(original.images, **plan)
+        there, here = (measured(World(), replace(config, images=images)) for config in (copy, original))
+        assert there == here
     assert len(list((tmp_path / "run" / "evaluation").glob(f"{kept}*"))) == 2
 
 
@@ -264,7 +290,7 @@ def test_mlflow_gets_values_and_passports(digits: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(tiny(digits, out, "--tracking.uri", uri, "--sample-every", "0"), World())
     tracking = tiny(digits, out, "--tracking.uri", uri, "--tracking.flush-s", "120").tracking
-    main(EvaluateConfig(str(out), images=4, draws=2, tracking=tracking), World())
+    main(EvaluateConfig(str(out), nll=NllPlan(4, draws=2), tracking=tracking), World())
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("iddpm").experiment_id])
     (point,) = client.get_metric_history(run.info.run_id, "eval/nll")
@@ -279,7 +305,7 @@ def test_a_run_that_is_still_training_keeps_its_status(digits: str, tmp_path: Pa
     journal = tmp_path / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(line for line in lines if '"status"' not in line))  # as left by another process
-    main(EvaluateConfig(str(tmp_path), images=4, draws=2, **NO_TRACKING), World())
+    main(EvaluateConfig(str(tmp_path), nll=NllPlan(4, draws=2), **NO_TRACKING), World())
     assert [r["kind"] for r in read_journal(tmp_path)][-1] == "evaluation"
 
 
@@ -288,13 +314,13 @@ def test_evaluating_a_remote_run_while_it_trains_loses_nothing(
 ) -> None:
     """Training overwrites the journal at the run's URL, so the line of an evaluation elsewhere is stored separately."""
     monkeypatch.chdir(tmp_path)  # where training has its journal
-    monkeypatch.setattr(evaluate, "journal_dir", lambda _: tmp_path / "elsewhere")
+    monkeypatch.setattr(module, "journal_dir", lambda _: tmp_path / "elsewhere")
     run = "memory://evaluated/run"
 
     def evaluate_now(step: int, _: dict[str, float]) -> None:
         if step == 12:  # after the checkpoint of step 4 is certainly committed, and before the last copy
             for _ in range(2):
-                main(EvaluateConfig(run, step=4, images=4, draws=2, **NO_TRACKING), World())
+                main(EvaluateConfig(run, step=4, nll=NllPlan(4, draws=2), **NO_TRACKING), World())
 
     flags = ("--checkpoint-every", "4", "--log-every", "2", "--sample-every", "0")
     train(tiny(digits, run, *flags), World(), evaluate_now)

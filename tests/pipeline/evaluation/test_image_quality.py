@@ -29,14 +29,13 @@ from pipeline.evaluation import image_quality as metrics
 from pipeline.evaluation.features import (
     Classifier,
     Features,
-    inception_features,
-    torch_fidelity_features,
+    pretrained_features,
     trained_features,
 )
 from pipeline.evaluation.image_quality import (
     Moments,
+    Reference,
     dataset_reference,
-    feature_metrics,
     frechet_distance,
     image_metrics,
     moments_npz,
@@ -59,7 +58,7 @@ def features(n: int, seed: int, size: int = 48) -> torch.Tensor:
 
 
 def streamed(x: torch.Tensor, batch: int = 37) -> Moments:
-    moments = Moments.zero(x.shape[1], CPU)
+    moments = Moments(x.shape[1], CPU)
     for part in x.split(batch):
         moments.add(part)
     return moments
@@ -92,7 +91,7 @@ def test_streaming_moments_are_numpys_for_any_batches() -> None:
 def test_the_others_equal_torch_fidelitys_on_given_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "KID_SUBSET", 200)
     a, b, logits = features(300, 0), features(280, 1) + 0.2, features(300, 3)
-    got = feature_metrics(a, logits, b, {"is", "kid", "precision", "recall"}, 5, CPU)
+    got = _of_features(a, logits, b, {"is", "kid", "precision", "recall"})
     near = prc_features_to_metric(a, b, prc_neighborhood=5, verbose=False)
     expected = {
         "is": isc_features_to_metric(logits)["inception_score_mean"],
@@ -104,11 +103,15 @@ def test_the_others_equal_torch_fidelitys_on_given_features(monkeypatch: pytest.
     assert 0 < near["precision"] < 1
     assert got["kid"][1] == {"subset": 200}
     assert got["recall"][1] == {"k": 5, "real": 280}
-    assert feature_metrics(a[:80], logits[:80], b, {"kid"}, 5, CPU)["kid"][1] == {"subset": 80}
+    assert _of_features(a[:80], logits[:80], b, {"kid"})["kid"][1] == {"subset": 80}
     with pytest.raises(ValueError, match="expected 1 to 4"):
-        feature_metrics(a[:5], logits[:5], b, {"precision"}, 5, CPU)
-    with pytest.raises(ValueError, match="no logits"):
-        feature_metrics(a, logits[:, :0], b, {"is"}, 5, CPU)
+        _of_features(a[:5], logits[:5], b, {"precision"})
+
+
+def _of_features(drawn: torch.Tensor, logits: torch.Tensor, real: torch.Tensor, names: set[str]) -> metrics.Values:
+    reference = Reference("real", streamed(real).mean_covariance(), lambda _: [real])
+    given = Features("given", "x", lambda images: (images, images[:, :0]), CPU)
+    return image_metrics([{"features": drawn, "logits": logits}], reference, given, names, 5)
 
 
 # ------------------------------------------------------------------------------- inception's weights
@@ -139,7 +142,7 @@ def test_the_whole_way_through_inception_is_torch_fidelitys(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features_module, "INCEPTION_SHA256", "")
-    network = inception_features(str(weights), False, StorageConfig(), CPU)
+    network = pretrained_features("inception", str(weights), False, StorageConfig(), CPU)
     assert (network.name, network.metric("fid"), network.metric("recall")) == ("inception", "fid", "recall")
     torch.manual_seed(0)
     drawn, real = (torch.rand(20, 3, 4, 4).pow(power).mul(255).to(torch.uint8) for power in (1, 2))
@@ -192,24 +195,24 @@ def test_other_weights_than_inceptions_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
     path.write_bytes(b"something else")
     with pytest.raises(ValueError, match=r"not the Inception weights: sha256 .* expected 6726825d"):
-        inception_features(str(path), False, StorageConfig(), CPU)
+        pretrained_features("inception", str(path), False, StorageConfig(), CPU)
     with pytest.raises(ValueError, match="no such file"):
-        inception_features(str(tmp_path / "none.pth"), False, StorageConfig(), CPU)
+        pretrained_features("inception", str(tmp_path / "none.pth"), False, StorageConfig(), CPU)
 
 
 def test_weights_that_are_not_there_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(ValueError, match=r"--inception PATH_OR_URL, allow --download.*--features trained"):
-        inception_features(None, False, StorageConfig(), CPU)
+        pretrained_features("inception", None, False, StorageConfig(), CPU)
     # Nothing listens there, as on a machine without a network.
     monkeypatch.setattr(features_module, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
     with pytest.raises(ValueError, match=r"cannot be downloaded here \(.*pass its path with --inception"):
-        inception_features(None, True, StorageConfig(), CPU)
+        pretrained_features("inception", None, True, StorageConfig(), CPU)
 
 
 def test_a_network_of_no_such_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected one of inception, trained, .*dinov2"):
-        torch_fidelity_features("nonsense", None, CPU)
+        pretrained_features("nonsense", None, False, StorageConfig(), CPU)
 
 
 # ---------------------------------------------------------------------------------- trained features
@@ -244,7 +247,7 @@ def test_it_knows_the_digits_and_is_learnt_once(own: tuple[Store, Features]) -> 
     assert trained_features(store, index, World()).digest == network.digest
     # Other layers give another digest, even with the same weights.
     changed = nn.Sequential(*Classifier(1, 10).hidden[:-1])
-    assert metrics._digest(changed) != metrics._digest(nn.Sequential(*changed, nn.ReLU()))
+    assert features_module._digest(changed) != features_module._digest(nn.Sequential(*changed, nn.ReLU()))
     # Training again gives identical bits.
     store.delete(name)
     assert trained_features(store, index, World()).digest == network.digest
