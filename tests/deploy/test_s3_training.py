@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import TINY, small_disk, tiny
 from PIL import Image
+from ports import free_port
 from ranks import FORKS
-from s3 import KEY, SECRET, FaultProxy, credentials, free_ports, s3  # noqa: F401
+from s3 import KEY, SECRET, FaultProxy, credentials, s3  # noqa: F401
 
 from pipeline import evaluate, sample
 from pipeline.data.shards import load_index
@@ -69,7 +70,7 @@ def start_all(machine: Path, world: int, flags: list[str]) -> list[ForkServerPro
     """Start all ranks, with torchrun's variables."""
     if world == 1:
         return [start(machine, flags)]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(world)}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     sizes = {**where, "LOCAL_WORLD_SIZE": str(world)}
     return [start(machine, flags, RANK=str(r), LOCAL_RANK=str(r), **sizes) for r in range(world)]
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, TINY
 from mlflow import MlflowClient
 from PIL import Image
-from ranks import free_port
+from ports import free_port
 
 from pipeline.config import TrackingConfig
 from pipeline.run.journal import JOURNAL, fetch_journal, find_uid, journal_dir, put_evaluation, read_journal
