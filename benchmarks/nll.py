@@ -21,8 +21,7 @@ from pipeline.data.shards import load_index
 from pipeline.data.stream import samples
 from pipeline.distributed.world import World
 from pipeline.evaluation.measured import NORMAL_95
-from pipeline.model import load_trained
-from pipeline.storage.backends import StorageConfig
+from pipeline.model import from_uint8, load_trained
 from pipeline.storage.store import Store
 
 SE = 0.01  # bits/dim
@@ -34,12 +33,12 @@ def rows(
     seeds: Annotated[int, tyro.conf.arg(help="Number of estimates.")] = 200,
     draws: Annotated[int, tyro.conf.arg(help="Timesteps drawn per image.")] = 16,
 ) -> list[Row]:
-    trained = load_trained(run, StorageConfig(), World())
+    trained = load_trained(Store(run), World())
     diffusion, model, steps = Diffusion(trained.config.diffusion), trained.model, trained.config.diffusion.timesteps
     store = Store(trained.config.data.url)
     population = images
     pixels, _ = samples(store, load_index(store, "val"), range(population))
-    x = pixels.float() / 127.5 - 1
+    x = from_uint8(pixels)
     everyone = torch.arange(population)
 
     def noise(seed: int, index: Tensor, t: Tensor | int) -> Tensor:

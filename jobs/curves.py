@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.errors import InputError, UserError
 from pipeline.run.journal import journal_of, run_name
-from pipeline.storage.backends import StorageConfig
+from pipeline.storage.store import Store
 
 PANELS = {
     "train/loss": "loss",
@@ -28,7 +28,7 @@ def draw(runs: Sequence[str], out: Path) -> None:
     figure, grid = pyplot.subplots(2, 2, figsize=(6.4, 5.6), layout="constrained")
     axes = grid.flatten()
     for run in runs:
-        rows = [r["metrics"] for r in journal_of(run, StorageConfig()) if r["kind"] == "metrics"]
+        rows = [r["metrics"] for r in journal_of(Store(run)) if r["kind"] == "metrics"]
         if not rows:
             raise InputError(f"{run}: no journal with metrics; expected the --out of a training run")
         for axis, (name, title) in zip(axes, PANELS.items(), strict=True):

@@ -35,8 +35,8 @@ from pipeline.evaluation.features import Features, trained_features
 from pipeline.evaluation.image_quality import Reference, dataset_reference, frechet_distance, moments_of
 from pipeline.evaluation.measured import NORMAL_95
 from pipeline.evaluation.nll import NllPlan, measure_nll
-from pipeline.images import to_uint8
-from pipeline.model import Trained, autocast, load_trained
+from pipeline.images import grid
+from pipeline.model import Trained, autocast, from_uint8, load_trained, to_uint8
 from pipeline.run.checkpoint import Checkpoints
 from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
@@ -84,7 +84,7 @@ class Bench:
         self._quality: tuple[Features, Reference] | None = None
 
     def load(self, run: str, step: int | None = None, ema_rate: float | None = None) -> Trained:
-        trained = load_trained(run, self.config.storage, self.world, ema_rate, step)
+        trained = load_trained(Store(run, self.config.storage), self.world, ema_rate, step)
         if trained.config.model.num_classes is not None:
             raise InputError(f"{run}: got a class-conditional model; the figures need unconditional ones")
         return trained
@@ -93,7 +93,7 @@ class Bench:
         """Read a split's first `count` images, or all, as [n, C, H, W] in [-1, 1]."""
         with closing(Reader(self.data, index)) as reader:
             images, _ = reader.read(np.arange(count or index.num_samples))
-        return images.to(self.world.device).float() / 127.5 - 1
+        return from_uint8(images.to(self.world.device))
 
     def nll(self, model: Trained, **plan: Any) -> Any:
         with closing(Reader(self.data, self.val)) as reader:
@@ -420,12 +420,7 @@ def _plain(axis: Any) -> None:
 
 def _tiles(axis: Any, images: Tensor, columns: int) -> None:
     """Show images [N, C, H, W] in [-1, 1] as a grid."""
-    n, channels, height, width = images.shape
-    padded = torch.nn.functional.pad(to_uint8(images).float(), (0, 1, 0, 1), value=255)
-    rows = -(-n // columns)
-    grid = padded.view(rows, columns, channels, height + 1, width + 1).permute(0, 3, 1, 4, 2)
-    picture = grid.reshape(rows * (height + 1), columns * (width + 1), channels).byte().numpy()
-    axis.imshow(picture if channels == 3 else picture[..., 0], cmap=None if channels == 3 else "gray", vmin=0, vmax=255)
+    axis.imshow(grid(to_uint8(images).numpy(), columns))
     axis.axis("off")
 
 

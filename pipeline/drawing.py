@@ -17,8 +17,8 @@ from iddpm.schedule import respace
 from pipeline.config import TrainConfig
 from pipeline.distributed.world import World
 from pipeline.errors import InputError
-from pipeline.images import _read_image, to_uint8
-from pipeline.model import Trained, autocast
+from pipeline.images import read_image
+from pipeline.model import Trained, autocast, from_uint8, to_uint8
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,8 @@ def interpolate(
         if end.isdecimal():
             first = torch.zeros(1, dtype=torch.int64, device=device)
             return normal(stream_key(int(end), "x_T"), first, trained.shape).to(trained.dtype)
-        x = torch.from_numpy(_read_image(end, trained.shape)).to(device, trained.dtype)[None] / 127.5 - 1
+        image = torch.tensor(read_image(end, trained.shape), device=device)
+        x = from_uint8(image[None], trained.dtype)
         return final(ddim_invert(trained.model, chain, x, y))
 
     def images() -> Iterator[Tensor]:

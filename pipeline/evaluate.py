@@ -163,40 +163,47 @@ class EvaluateConfig:
 
 
 def main(config: EvaluateConfig, world: World) -> None:
-    load = partial(load_trained, storage=config.storage, world=world, fuse=config.launch.compile)
-    models = [load(config.run, ema_rate=config.ema_rate, step=config.step)]
+    run = Store(config.run, config.storage)
+    load = partial(load_trained, world=world, ema_rate=config.ema_rate, fuse=config.launch.compile)
+    models = [load(run, step=config.step)]
     if config.against or config.against_step is not None:
-        models.append(load(config.against or config.run, ema_rate=config.ema_rate, step=config.against_step))
-    found = measure(models, config, world, keep=True)
+        other = Store(config.against, config.storage) if config.against else run
+        models.append(load(other, step=config.against_step))
+    data = Store(config.data or models[0].config.data.url, config.storage)
+    found = measure(models, config, data, world, run)
 
     def tell() -> None:
         for value in found:
             print(value)
-        track(models[0], [value for value in found if not value.name.endswith("_difference")], config)
+        track(models[0], [value for value in found if not value.name.endswith("_difference")], run, config.tracking)
 
     world.only_on_rank0(tell)
 
 
-def measure(models: Sequence[Trained], config: EvaluateConfig, world: World, keep: bool) -> list[Measured]:
-    """Return the values on rank 0, and an empty list on the others. With `keep`, save partial results to the run."""
-    run = models[0].config
-    data = Store(config.data or run.data.url, config.storage)
-    cache = Cache.of(run.data)
+def measure(
+    models: Sequence[Trained], config: EvaluateConfig, data: Store, world: World, run: Store | None = None
+) -> list[Measured]:
+    """Return the values on rank 0, and an empty list on the others.
+
+    With the first model's `run`, shows progress and saves partial results there, from which the same call resumes.
+    """
+    trained = models[0].config
+    cache = Cache.of(trained.data)
     tools = None
     if config.wanted - {"nll"}:  # first, so that a missing input is reported before anything is measured
-        recipe, index, features = image_tools(config, run, data, world)
+        recipe, index, features = image_tools(config, trained, data, world)
         reference = _reference(config, data, index, features, cache, world)
         tools = recipe, features, reference
     found: list[Measured] = []
     if "nll" in config.wanted:
-        found += _nll(models, config, data, cache, world, keep)
+        found += _nll(models, config, data, cache, world, run)
     if tools:
-        found += _image_metrics(models[0], config, *tools, world, keep)
+        found += _image_metrics(models[0], config, *tools, world, run)
     return found if world.rank == 0 else []
 
 
 def _nll(
-    models: Sequence[Trained], config: EvaluateConfig, data: Store, cache: Cache, world: World, keep: bool
+    models: Sequence[Trained], config: EvaluateConfig, data: Store, cache: Cache, world: World, run: Store | None
 ) -> list[Measured]:
     index = _index(data, config.split, [model.config for model in models])
     plan = config.plan
@@ -208,9 +215,9 @@ def _nll(
             reader.read,
             index.num_samples,
             world,
-            store=Store(config.run, config.storage) if keep else None,
+            store=run,
             identity=[index.digest, [m.identity for m in models]],
-            progress=keep,
+            progress=run is not None,
         )
     if config.out:
         world.only_on_rank0(partial(write_out, config.out, _terms_csv(nll), config.storage))
@@ -221,7 +228,7 @@ def _nll(
     for i, model in enumerate(models):
         passport = {**shared, "estimator": plan.estimator, "T": model.config.diffusion.timesteps, "ema": model.ema_rate}
         found.append(Measured(plan.name, nll.mean(i), model.step, passport, nll.standard_error(i)))
-    if keep:
+    if run:
         print(report(nll))
     if len(models) > 1:
         value, error = nll.difference
@@ -240,11 +247,10 @@ def _image_metrics(
     features: Features,
     reference: Reference,
     world: World,
-    keep: bool,
+    run: Store | None,
 ) -> list[Measured]:
     images = {"n": config.samples, "ema": trained.ema_rate, **asdict(recipe), "features": features.digest}
-    store = Store(config.run, config.storage) if keep else None
-    blocks = Blocks(world, store, "images", [trained.identity, config.batch_size, images])
+    blocks = Blocks(world, run, "images", [trained.identity, config.batch_size, images])
 
     def draw(number: int) -> Block:
         lo = number * config.batch_size
@@ -252,7 +258,7 @@ def _image_metrics(
         (drawn,) = draw_batches(trained, recipe, lo, hi, device=world.device, batch_size=config.batch_size)
         return features.extract(drawn)
 
-    blocks.extend(math.ceil(config.samples / config.batch_size), draw, progress="sampling" if keep else None)
+    blocks.extend(math.ceil(config.samples / config.batch_size), draw, progress="sampling" if run else None)
 
     def finish() -> dict[str, tuple[float, dict[str, Any]]]:
         values = image_metrics(blocks.found, reference, features, config.wanted - {"nll"}, config.neighbours)
@@ -266,13 +272,12 @@ def _image_metrics(
     ]
 
 
-def real_floor(config: EvaluateConfig, run: TrainConfig, world: World) -> list[Measured]:
+def real_floor(config: EvaluateConfig, run: TrainConfig, data: Store, world: World) -> list[Measured]:
     """Compute the image metrics of real images instead of `config.samples` generated ones: a floor for any model.
 
     Uses validation images if there are enough; else training images, whose values are too low because they are part of
     the reference. The passport says which. Raises InputError if there are too few. For a single process.
     """
-    data = Store(config.data or run.data.url, config.storage)
     cache = Cache.of(run.data)
     wanted = config.wanted - {"nll"}
     if not wanted:
@@ -333,17 +338,17 @@ def _index(data: Store, split: str, runs: Sequence[TrainConfig]) -> ShardIndex:
     return index
 
 
-def track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) -> None:
+def track(trained: Trained, found: Sequence[Measured], run: Store, tracking: TrackingConfig) -> None:
     """Log values to the run's journal, and through it to MLflow; the run keeps its status there."""
-    run, folder = Store(config.run, config.storage), journal_dir(config.run)
+    folder = journal_dir(run)
     fetch_journal(run, folder)
     meta = trained.meta
     told = statuses(read_journal(folder))
     tracker = Tracker(
         folder,
-        config.tracking,
+        tracking,
         uid=meta["uid"],
-        name=config.tracking.name or run_name(config.run),
+        name=tracking.name or run_name(run.url),
         run_config=record(trained.config),
         dataset={
             "url": trained.config.data.url,
@@ -351,16 +356,15 @@ def track(trained: Trained, found: Sequence[Measured], config: EvaluateConfig) -
             "digest": meta["dataset_digest"] or "unknown",
         },
     )
-    line = log_measured(tracker, trained, found)
+    line = tracker.evaluation(trained.step, *logged(trained, found))
     if run.local is None:
         put_evaluation(run, line)
     tracker.close(told[-1] if told else "FINISHED")
 
 
-def log_measured(tracker: Tracker, trained: Trained, found: Sequence[Measured]) -> bytes:
-    """Log `eval/NAME`, `eval/NAME_se` if there is a standard error, and the training compute so far.
-
-    Returns the journal's line.
+def logged(trained: Trained, found: Sequence[Measured]) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Return the metrics `eval/NAME`, `eval/NAME_se` if there is a standard error, and the training compute so far;
+    and the passports by metric.
     """
     values = {"eval/train_flops": float(trained.meta["train_flops"])} if "train_flops" in trained.meta else {}
     passports: dict[str, dict[str, Any]] = {}
@@ -370,7 +374,7 @@ def log_measured(tracker: Tracker, trained: Trained, found: Sequence[Measured]) 
             values[key], passports[key] = value.value, value.passport
             if value.standard_error is not None:
                 values[f"{key}_se"] = value.standard_error
-    return tracker.evaluation(trained.step, values, passports)
+    return values, passports
 
 
 def report(nll: Nll) -> str:

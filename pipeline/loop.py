@@ -6,7 +6,7 @@ processes it, so any number of workers trains the same run, except for dropout m
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,15 +18,15 @@ from tqdm import tqdm
 from pipeline.config import TrainConfig, check_metrics, horizon_steps
 from pipeline.data.cache import Cache
 from pipeline.data.shards import ShardIndex, load_index
-from pipeline.data.stream import epoch_digests, expected_digest, stream
+from pipeline.data.stream import Batch, finished_epochs, stream, sum_digests
 from pipeline.distributed.world import World
 from pipeline.drawing import Recipe, draw
 from pipeline.errors import InputError
-from pipeline.evaluate import EvaluateConfig, log_measured, measure
+from pipeline.evaluate import EvaluateConfig, logged, measure
 from pipeline.hardware import device_name, peak_flops
 from pipeline.images import grid_png
 from pipeline.model import Trained, image_shape, with_weights
-from pipeline.run.recorder import Recorder, load_newest, settle
+from pipeline.run.recorder import Recorder, load_newest, recording, settle
 from pipeline.step import TrainState, learning_rate, train_step
 from pipeline.storage.store import Store
 
@@ -39,15 +39,11 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
     Calls `report` with the step and its values at each log line, on every rank.
     Raises InputError for mistakes that the user can fix, StorageError, NonFinite, StaleAttempt.
     """
-    index = _data(config, world)
-    found = world.only_on_rank0(lambda: load_newest(config, index))
-    meta = world.broadcast_object(found[0] if found else None)
-    state = TrainState(config, world)
-    if meta:
-        state.load(meta["step"], found[1] if found else None, world)
-        found = None  # as large as the state
-        if world.rank == 0:
-            state.epoch_digests = {int(epoch): digest for epoch, digest in meta["epoch_digests"].items()}
+    # What there is: the data, the run's newest checkpoint, and how far it has to go.
+    run = Store(config.out, config.storage)
+    data = Store(config.data.url, config.storage)
+    index = _load_data(config, data, world)
+    state, meta = _resume(config, run, index, world)
     steps = horizon_steps(config, state.flops_per_image)
     world.say(
         f"{config.out}: {f'resuming at step {state.step} of {steps}' if meta else f'starting, {steps} steps'}"
@@ -55,80 +51,70 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
     )
     if state.step >= steps:
         if state.step == steps:
-            world.only_on_rank0(lambda: settle(config, index, meta))
+            world.only_on_rank0(lambda: settle(config, run, index, meta))
         world.say(f"already complete at step {state.step}; extend --horizon to continue")
         return "finished"
 
-    with _recording(config, index, meta, world) as recorder:
-        peak = sum(world.gather(peak_flops(world.device, config.precision)))
-        clock = Clock(state, peak)
+    with recording(config, run, index, meta, world) as recorder:
+        clock = Clock(state, peak=sum(world.gather(peak_flops(world.device, config.precision))))
         bar = tqdm(total=steps, initial=state.step, unit="step", disable=None if world.rank == 0 else True)
-        lo, hi = world.share(config.batch_size)
-        batches = stream(
-            Store(config.data.url, config.storage),
-            index,
-            seed=config.seed,
-            position=state.images,
-            batch_size=config.batch_size,
-            lo=lo,
-            hi=hi,
-            window=config.data.window,
-            workers=config.data.workers,
-            cache=Cache.of(config.data),
-        )
+        batches = _batches(state, data, index, world)
+
+        def due(every: int) -> bool:
+            """Whether it is time for what happens every so many steps (0: never before the end) and at the end."""
+            return state.step == steps or (every > 0 and state.step % every == 0)
 
         with closing(bar), closing(batches):
             while state.step < steps:
+                # Is another attempt, a failed upload or a signal in the way?
                 world.at(state.step)
-                if recorder:
-                    recorder.writer.check()
+                recorder.check()
                 if world.stop_agreed():
                     _checkpoint(state, recorder, index, world)
-                    _end(recorder, world, state.step)
+                    world.only_on_rank0(partial(recorder.end, interrupted_at=state.step))
                     world.say(f"interrupted at step {state.step}, checkpointed; the same command resumes")
                     return "interrupted"
 
+                # One step, on the next batch.
                 batch = next(batches)
                 train_step(state, batch, world)
                 state.ema.update(state.params)
-                for epoch, digest in epoch_digests(index, batch).items():
-                    state.epoch_digests[epoch] = state.epoch_digests.get(epoch, 0) + digest
+                state.count_samples(index, batch)
                 bar.update()
 
+                # Do the ranks still agree?
                 if state.step % DIGEST_EVERY == 0 and state.sampler.needs_losses:
                     digests = world.gather(int(state.sampler.digest()))
                     assert len(set(digests)) == 1, f"step {state.step}: the timestep samplers differ: {digests}"
-                if state.step % config.log_every == 0 or state.step == steps:
-                    state.metrics.check_finite(world)
-                    values = state.metrics.read(world) | clock.read(state)
-                    if recorder:
-                        recorder.tracker.log(state.step, values)
-                        _show(bar, state.step, steps, values)
+
+                # What a person looks at, and what the next start needs.
+                if due(config.log_every):
+                    state.means.check_finite(world)
+                    values = state.means.read(world) | clock.read(state)
+                    recorder.log(state.step, values)
+                    _show(bar, state.step, steps, values, world)
                     if report:
                         report(state.step, values)
-                if state.step == steps or (config.sample_every and state.step % config.sample_every == 0):
-                    with clock.stopped():
+                with clock.stopped():
+                    if due(config.sample_every):
                         _draw_grid(state, recorder, world)
-                if config.eval_every and (state.step == steps or state.step % config.eval_every == 0):
-                    with clock.stopped():
-                        _evaluate(state, recorder, world)
-                if state.step == steps or state.step % config.checkpoint_every == 0:
-                    with clock.stopped():
+                    if config.eval_every and due(config.eval_every):
+                        _evaluate(state, recorder, data, world)
+                    if due(config.checkpoint_every):
                         _checkpoint(state, recorder, index, world)
-        _end(recorder, world)
+        world.only_on_rank0(recorder.end)
     world.say(f"finished at step {state.step}: {config.out}")
     return "finished"
 
 
-def _data(config: TrainConfig, world: World) -> ShardIndex:
+def _load_data(config: TrainConfig, data: Store, world: World) -> ShardIndex:
     """Load the dataset's index. Raises InputError if dataset, model and evaluation do not fit together."""
-    data = Store(config.data.url, config.storage)
     index = load_index(data, "train")
-    wanted = check_metrics(config.eval_metrics, "--eval-metrics")
     if config.eval_every:  # report what cannot be measured before hours of training
-        if "nll" in wanted:
+        metrics = check_metrics(config.eval_metrics, "--eval-metrics")
+        if "nll" in metrics:
             load_index(data, "val")
-        if wanted - {"nll"} and index.num_classes < 2:
+        if metrics - {"nll"} and index.num_classes < 2:
             raise InputError(
                 f"--eval-metrics: got {config.eval_metrics}, expected nll: the data have no class labels, on which the"
                 " network for image metrics is trained; use pipeline.evaluate for the others"
@@ -148,45 +134,52 @@ def _data(config: TrainConfig, world: World) -> ShardIndex:
     return index
 
 
-@contextmanager
-def _recording(config: TrainConfig, index: ShardIndex, meta: dict[str, Any], world: World) -> Iterator[Recorder | None]:
-    """Open rank 0's recorder; the other ranks have none. Closes it on an error only."""
-    recorder = world.only_on_rank0(lambda: Recorder(config, index, meta, world))
-    try:
-        yield recorder
-    except BaseException as error:
-        world.leaving()
-        if recorder:
-            recorder.fail(error)
-        raise
+def _resume(config: TrainConfig, run: Store, index: ShardIndex, world: World) -> tuple[TrainState, dict[str, Any]]:
+    """Build the state, as of the newest checkpoint if there is one; return the checkpoint's metadata with it."""
+    meta, parts = world.only_on_rank0(lambda: load_newest(config, run, index)) or ({}, {})
+    meta = world.broadcast_object(meta)
+    state = TrainState(config, world)
+    if meta:
+        state.load(meta["step"], parts, world)
+        if world.rank == 0:
+            state.epoch_digests = {int(epoch): digest for epoch, digest in meta["epoch_digests"].items()}
+    return state, meta
 
 
-def _end(recorder: Recorder | None, world: World, interrupted_at: int | None = None) -> None:
-    def end() -> None:
-        assert recorder, "rank 0 has one"
-        recorder.end(interrupted_at)
+def _batches(state: TrainState, data: Store, index: ShardIndex, world: World) -> Generator[Batch, None, None]:
+    """Stream this rank's share of every batch from the run's position on."""
+    config = state.config
+    lo, hi = world.share(config.batch_size)
+    return stream(
+        data,
+        index,
+        seed=config.seed,
+        position=state.images,
+        batch_size=config.batch_size,
+        lo=lo,
+        hi=hi,
+        window=config.data.window,
+        workers=config.data.workers,
+        cache=Cache.of(config.data),
+    )
 
-    world.only_on_rank0(end)
 
-
-def _checkpoint(state: TrainState, recorder: Recorder | None, index: ShardIndex, world: World) -> None:
+def _checkpoint(state: TrainState, recorder: Recorder, index: ShardIndex, world: World) -> None:
     """Save the state, which must be finite, and check that each finished epoch had each sample once."""
-    state.metrics.check_finite(world)
-    # Rank 0 collects the others' sums: metrics since the last log line, and digests.
-    world.sum_(state.metrics.table)
+    state.means.check_finite(world)
+
+    # Rank 0 collects what each rank has summed: metrics since the last log line, and epochs' digests.
+    world.sum_(state.means.table)
     shares = world.gather(state.epoch_digests)
-    if not recorder:
-        state.metrics.reset()
+    if world.rank != 0:
+        state.means.reset()
         state.epoch_digests = {}
-        world.only_on_rank0(lambda: None)  # rank 0 may be waiting for an upload
-        return
-    epochs = sorted({epoch for share in shares for epoch in share})
-    state.epoch_digests = {epoch: _int64(sum(share.get(epoch, 0) for share in shares)) for epoch in epochs}
-    for epoch in [e for e in epochs if (e + 1) * index.num_samples <= state.images]:
-        digest = state.epoch_digests.pop(epoch)
-        expected = expected_digest(index, epoch)
-        assert digest == expected, f"epoch {epoch} missed or repeated samples: got digest {digest}, expected {expected}"
-        recorder.tracker.epoch(epoch, digest)
+    else:
+        state.epoch_digests = sum_digests(shares)
+        for epoch, digest in finished_epochs(state.epoch_digests, index, state.images):
+            recorder.epoch(epoch, digest)
+            del state.epoch_digests[epoch]
+
     meta = {
         "images": state.images,
         "train_flops": state.flops,
@@ -195,12 +188,7 @@ def _checkpoint(state: TrainState, recorder: Recorder | None, index: ShardIndex,
         "world_size": world.size,
         "torch": torch.__version__,
     }
-    world.only_on_rank0(partial(recorder.save, state.step, state.parts(), meta))
-
-
-def _int64(value: int) -> int:
-    """Wrap a number as a sum of int64 would."""
-    return (value + 2**63) % 2**64 - 2**63
+    world.only_on_rank0(lambda: recorder.save(state.step, state.parts(), meta))  # the others wait for the upload
 
 
 @contextmanager
@@ -213,22 +201,18 @@ def _average(state: TrainState) -> Iterator[Trained]:
     state.model.train().fuse(state.config.launch.compile)
 
 
-def _draw_grid(state: TrainState, recorder: Recorder | None, world: World) -> None:
+def _draw_grid(state: TrainState, recorder: Recorder, world: World) -> None:
     """Draw a grid of samples with the first moving average."""
     config = state.config
     recipe = Recipe("ancestral", config.sample_steps, 0.0, config.seed)
     with _average(state) as trained:
         images = draw(trained, recipe, config.sample_count, world, batch_size=config.microbatch or 64)
-
-    def show() -> None:
-        assert recorder
-        assert images is not None, "rank 0 has them"
-        recorder.image(state.step, "samples", grid_png(images))
-
-    world.only_on_rank0(show)
+    if images is not None:  # on rank 0
+        png = grid_png(images.numpy())
+    world.only_on_rank0(lambda: recorder.image(state.step, "samples", png))
 
 
-def _evaluate(state: TrainState, recorder: Recorder | None, world: World) -> None:
+def _evaluate(state: TrainState, recorder: Recorder, data: Store, world: World) -> None:
     """Evaluate the first moving average as `python -m pipeline.evaluate` would."""
     config = state.config
     plan = EvaluateConfig(
@@ -243,11 +227,11 @@ def _evaluate(state: TrainState, recorder: Recorder | None, world: World) -> Non
         calls = max(1, config.microbatch // (plan.draws + 1))
         plan = replace(plan, images_per_call=calls, batch_size=config.microbatch)
     with _average(state) as trained:
-        found = measure([trained], plan, world, keep=False)
-    if recorder:
-        log_measured(recorder.tracker, trained, found)
-        for value in found:
-            tqdm.write(f"step {state.step} {value}")
+        measured = measure([trained], plan, data, world)
+    if measured:  # on rank 0
+        recorder.evaluation(state.step, *logged(trained, measured))
+    for value in measured:
+        tqdm.write(f"step {state.step} {value}")
 
 
 class Clock:
@@ -277,7 +261,7 @@ class Clock:
         }
 
 
-def _show(bar: Any, step: int, steps: int, values: dict[str, float]) -> None:
+def _show(bar: Any, step: int, steps: int, values: dict[str, float], world: World) -> None:
     """Show values in the progress bar in a terminal, or as a plain line in a log file."""
     shown = {
         "loss": f"{values['train/loss']:.4f}",
@@ -288,6 +272,6 @@ def _show(bar: Any, step: int, steps: int, values: dict[str, float]) -> None:
         "util": f"{values['compute/utilization']:.1%}",
     }
     if bar.disable:
-        print(f"step {step}/{steps} " + " ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+        world.say(f"step {step}/{steps} " + " ".join(f"{name} {value}" for name, value in shown.items()))
     else:
         bar.set_postfix(shown)

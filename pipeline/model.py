@@ -16,7 +16,6 @@ from pipeline.config import TrainConfig, from_record
 from pipeline.distributed.world import World
 from pipeline.errors import InputError
 from pipeline.run.checkpoint import Checkpoints
-from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
 
 
@@ -44,7 +43,12 @@ class Trained:
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the model's input images."""
-        return torch.float64 if self.config.precision == "fp64" else torch.float32
+        return input_dtype(self.config)
+
+
+def input_dtype(config: TrainConfig) -> torch.dtype:
+    """Return the dtype of a network's input images: autocast makes them bf16."""
+    return torch.float64 if config.precision == "fp64" else torch.float32
 
 
 def image_shape(config: TrainConfig) -> tuple[int, int, int]:
@@ -53,32 +57,31 @@ def image_shape(config: TrainConfig) -> tuple[int, int, int]:
 
 
 def load_trained(
-    url: str,
-    storage: StorageConfig,
+    run: Store,
     world: World,
     ema_rate: float | None = None,
     step: int | None = None,
     *,
     fuse: bool = False,
 ) -> Trained:
-    """Load the newest intact checkpoint (or the one at `step`) of the run at `url`.
+    """Load the newest intact checkpoint (or the one at `step`) of a run.
 
     `ema_rate` chooses the moving average (default: the run's first; 0: the weights themselves); `fuse` compiles as
     --compile does. Raises InputError if the run has no checkpoint or no such average.
     """
-    checkpoints = Checkpoints(Store(url, storage))
+    checkpoints = Checkpoints(run)
     records = [r for r in checkpoints.records() if r.kind == "checkpoint"]
     if not records:
-        raise InputError(f"{url}: got no checkpoint, expected the --out of a training run")
+        raise InputError(f"{run}: got no checkpoint, expected the --out of a training run")
     rates = from_record(records[-1].meta["config"]).ema_rates
     rate = rates[0] if ema_rate is None else ema_rate
     if rate not in (0, *rates):
         raise InputError(f"--ema-rate: got {rate}, expected {', '.join(map(str, rates))}, or 0 for the weights")
     part = ema_part(rate) if rate else "model"
-    found = world.only_on_rank0(lambda: checkpoints.newest(parts=(part,), step=step))
+    found = world.only_on_rank0(lambda: checkpoints.load(parts=(part,), step=step))
     # Rank 0 chooses for all ranks: another checkpoint may be committed meanwhile.
     chosen = world.broadcast_object(found[0].step if found else None)
-    found = found or checkpoints.newest(parts=(part,), step=chosen)
+    found = found or checkpoints.load(parts=(part,), step=chosen)
     assert found, "there are records"
     record, parts = found
     config = from_record(record.meta["config"])
@@ -101,6 +104,16 @@ def build_model(config: TrainConfig) -> UNet:
 def ema_part(rate: float) -> str:
     """Return the name of a moving average's part in a checkpoint."""
     return f"ema-{rate:g}"
+
+
+def from_uint8(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Map pixels 0..255 to [-1, 1]."""
+    return images.to(dtype) / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Map [-1, 1] to pixels 0..255, clipping what lies outside."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pipeline.errors import InputError
 from pipeline.images import batch_npz, grid_png
 from pipeline.model import load_trained
 from pipeline.storage.backends import StorageConfig
-from pipeline.storage.store import locate
+from pipeline.storage.store import Store, locate
 
 
 def write_out(out: str, data: bytes, storage: StorageConfig) -> None:
@@ -72,7 +72,8 @@ class SampleConfig:
 
 
 def main(config: SampleConfig, world: World) -> None:
-    trained = load_trained(config.run, config.storage, world, config.ema_rate, config.step, fuse=config.launch.compile)
+    store = Store(config.run, config.storage)
+    trained = load_trained(store, world, config.ema_rate, config.step, fuse=config.launch.compile)
     run = trained.config
     steps = run.sample_steps if config.steps is None else config.steps
     recipe = Recipe("ddim" if config.between else config.sampler, steps, config.eta, config.seed)
@@ -100,9 +101,9 @@ def main(config: SampleConfig, world: World) -> None:
             kinds = _classes(run, config.classes, torch.device("cpu"))
             if kinds is not None:
                 kinds = kinds[torch.arange(len(images)) % (1 if config.between else len(kinds))]
-            data = batch_npz(images, kinds)
+            data = batch_npz(images.numpy(), kinds if kinds is None else kinds.numpy())
         else:
-            data = grid_png(images.flatten(0, 1) if config.progressive else images, columns)
+            data = grid_png((images.flatten(0, 1) if config.progressive else images).numpy(), columns)
         write_out(config.out, data, config.storage)
 
     world.only_on_rank0(write)

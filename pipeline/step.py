@@ -12,10 +12,11 @@ from iddpm.flops import train_flops
 from iddpm.noise import normal, stream_key, uniform
 from iddpm.timesteps import make_sampler
 from pipeline.config import TrainConfig
-from pipeline.data.stream import Batch
+from pipeline.data.shards import ShardIndex
+from pipeline.data.stream import Batch, epoch_digests
 from pipeline.distributed.world import World
 from pipeline.errors import PermanentError
-from pipeline.model import autocast, build_model, ema_part
+from pipeline.model import autocast, build_model, ema_part, from_uint8, input_dtype
 from pipeline.run.checkpoint import Parts
 
 QUARTILES = 4
@@ -58,8 +59,13 @@ class TrainState:
                 "exp_avg_sq": torch.zeros_like(p),
             }
         self.sampler = make_sampler(config.timestep_sampler, config.diffusion.timesteps, world.device)
-        self.metrics = Metrics(world.device)
+        self.means = RunningMeans(world.device)
         self.flops_per_image = train_flops(config.model, config.out_channels)
+
+    def count_samples(self, index: ShardIndex, batch: Batch) -> None:
+        """Add a batch's samples to the digests of their epochs."""
+        for epoch, digest in epoch_digests(index, batch).items():
+            self.epoch_digests[epoch] = self.epoch_digests.get(epoch, 0) + digest
 
     @property
     def images(self) -> int:
@@ -81,25 +87,24 @@ class TrainState:
         return {
             "model": {name: p.detach() for name, p in self.params.items()},
             "optimizer": moments,
-            "progress": self.sampler.state_dict() | {"metrics": self.metrics.table},
+            "progress": self.sampler.state_dict() | {"metrics": self.means.table},
             **{ema_part(rate): self.ema.weights(rate) for rate in self.config.ema_rates},
         }
 
     @torch.no_grad()
-    def load(self, step: int, parts: Parts | None, world: World) -> None:
-        """Restore a checkpoint that rank 0 has read; the other ranks receive it from rank 0."""
+    def load(self, step: int, parts: Parts, world: World) -> None:
+        """Restore a checkpoint that rank 0 has read; the other ranks, whose `parts` are empty, receive it from it."""
         self.step = step
-        own = self.parts()
-        for part, tensors in own.items():
-            for name, tensor in tensors.items():
-                if parts is not None:
+        for part, tensors in self.parts().items():
+            if world.rank == 0:
+                for name, tensor in tensors.items():
                     tensor.copy_(parts[part][name])
             world.broadcast_(tensors.values())
         if world.rank != 0:
-            self.metrics.reset()  # rank 0 holds the sum over all ranks
+            self.means.reset()  # rank 0 holds the sum over all ranks
 
 
-class Metrics:
+class RunningMeans:
     """Sums since the last log line; they stay on the device, so that adding never waits for it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -178,7 +183,7 @@ def train_step(state: TrainState, batch: Batch, world: World) -> None:
                 )
             seen.append(losses.loss.detach())
             quartile = t[cut] * QUARTILES // config.diffusion.timesteps
-            state.metrics.add(quartile, weights[cut], list(losses))
+            state.means.add(quartile, weights[cut], list(losses))
             if last and state.sampler.needs_losses:  # overlaps the backward pass
                 gather = world.start_gather(torch.cat(seen), n)
             # DDP averages over the ranks: undo its division, so that all images weigh the same in uneven shares.
@@ -188,7 +193,7 @@ def train_step(state: TrainState, batch: Batch, world: World) -> None:
         group["lr"] = learning_rate(config, state.step)
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in state.params.values() if p.grad is not None])
     state.step += 1
-    state.metrics.add_step(state.step, grad_norm)
+    state.means.add_step(state.step, grad_norm)
     state.optimizer.step()
     if state.sampler.needs_losses:
         state.sampler.update(all_t, gather.wait())
@@ -196,15 +201,15 @@ def train_step(state: TrainState, batch: Batch, world: World) -> None:
 
 def to_device(batch: Batch, index: Tensor, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Move a batch to the device: images in [-1, 1], randomly flipped, and labels (None if unconditional)."""
-    images = batch.images.pin_memory() if device.type == "cuda" else batch.images
-    dtype = torch.float64 if config.precision == "fp64" else torch.float32
-    x = images.to(device, non_blocking=True).to(dtype) / 127.5 - 1
+    gpu = device.type == "cuda"  # which copies from pinned memory without waiting
+    images = batch.images.pin_memory() if gpu else batch.images
+    x = from_uint8(images.to(device, non_blocking=True), input_dtype(config))
     if config.data.random_flip:
         flip = uniform(stream_key(config.seed, "flip"), index) < 0.5
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
     if config.model.num_classes is None:
         return x, None
-    labels = batch.labels.pin_memory() if device.type == "cuda" else batch.labels
+    labels = batch.labels.pin_memory() if gpu else batch.labels
     return x, labels.to(device, non_blocking=True)
 
 

@@ -31,7 +31,8 @@ class ShipConfig:
 def main() -> None:
     config = parse_flags(ShipConfig, sys.argv[1:], ShipConfig.__doc__ or "")
     try:
-        run, folder = Store(config.run, config.storage), journal_dir(config.run)
+        run = Store(config.run, config.storage)
+        folder = journal_dir(run)
         if run.local is None:
             fetch_journal(run, folder)
             for record in read_journal(folder):

@@ -50,7 +50,9 @@ was_interrupted() {
 import sys
 from pipeline.cli import parse_train
 from pipeline.run.interrupted import was_interrupted
-sys.exit(not was_interrupted(parse_train(sys.argv[1:])[0]))
+from pipeline.storage.store import Store
+config, _ = parse_train(sys.argv[1:])
+sys.exit(not was_interrupted(Store(config.out, config.storage)))
 ' "$@"
 }
 

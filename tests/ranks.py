@@ -111,7 +111,7 @@ def read(path: str) -> str:
 
 def newest(out: object) -> dict[str, torch.Tensor]:
     """Return every tensor of a run's newest checkpoint."""
-    found = Checkpoints(Store(str(out))).newest()
+    found = Checkpoints(Store(str(out))).load()
     assert found
     return {f"{part}/{name}": t for part, tensors in found[1].items() for name, t in tensors.items()}
 

@@ -86,9 +86,22 @@ class Study:
         """Folder or URL of the study."""
         return self.out or f"runs/{self.name}"
 
-    @property
+    @cached_property
     def store(self) -> Store:
+        """Where the study's points and runs are."""
         return Store(self.folder, self.runs[0].config.storage)
+
+    @cached_property
+    def data(self) -> Store:
+        """The dataset that the runs train on."""
+        config = self.runs[0].config
+        return Store(config.data.url, config.storage)
+
+    @cached_property
+    def evaluation_data(self) -> Store:
+        """The dataset that the runs are measured on."""
+        url = self.evaluation.data
+        return Store(url, self.data.config) if url else self.data
 
     @property
     def parent(self) -> str:
@@ -138,6 +151,11 @@ class Run:
     flags: tuple[str, ...]
     """Flags of pipeline.train, except the horizon."""
     config: TrainConfig
+
+    @cached_property
+    def store(self) -> Store:
+        """The run's folder or URL."""
+        return Store(self.config.out, self.config.storage)
 
     def at(self, budget: float) -> TrainConfig:
         return replace(self.config, horizon=f"{budget!r}flops")

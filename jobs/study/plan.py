@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import horizon_steps
 from pipeline.run.journal import journal_of
-from pipeline.storage.store import Store
 
 if TYPE_CHECKING:  # these import torch and scipy
     from pipeline.hardware import Cost
@@ -122,7 +121,7 @@ def _speed(options: Plan, study: Study) -> tuple[float, float, str]:
             )
         peak, price = peaks[precision], usual if price is None else price
     runs = study.runs if options.hardware == "here" else []  # utilisation is relative to the peak measured there
-    journals = (journal_of(run.config.out, run.config.storage) for run in runs)
+    journals = (journal_of(run.store) for run in runs)
     seen = [r["metrics"]["compute/utilization"] for journal in journals for r in journal if r["kind"] == "metrics"]
     utilisation = options.utilisation or (statistics.median(seen) if seen else 0.3)
     how = "as given" if options.utilisation else "as measured" if seen else "assumed"
@@ -134,7 +133,7 @@ def _training_images(study: Study) -> int | None:
 
     config = study.runs[0].config
     try:
-        return load_index(Store(config.data.url, config.storage), "train").num_samples
+        return load_index(study.data, "train").num_samples
     except OSError:
         print(f"(no data at {config.data.url} yet: epochs are unknown)")
         return None

@@ -42,16 +42,16 @@ def measure(study: Study, run: Run, budget: float) -> None:
     from pipeline.model import load_trained
 
     config = run.config
-    options = replace(study.evaluation, run=config.out, tracking=config.tracking)
+    options = study.evaluation
     world = World(device=pick_device(config.launch.device, 0))
     last = horizon_steps(run.at(budget), train_flops(config.model, config.out_channels))
-    trained = load_trained(config.out, config.storage, world, options.ema_rate, last)
+    trained = load_trained(run.store, world, options.ema_rate, last)
     flops = trained.meta["train_flops"]
     common = {"train_data": trained.meta["dataset_digest"], "batch_size": config.batch_size}
     common |= {"diffusion": asdict(config.diffusion), "precision": config.precision}
-    found = evaluate.measure([trained], options, world, keep=True)
+    found = evaluate.measure([trained], options, study.evaluation_data, world, run.store)
     found = [replace(value, passport=value.passport | common) for value in found]
-    evaluate.track(trained, found, options)
+    evaluate.track(trained, found, run.store, config.tracking)
     spent = {
         "run": run.name,
         "parameters": count_parameters(config.model, config.out_channels),

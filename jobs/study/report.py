@@ -35,7 +35,6 @@ from pipeline.evaluation.measured import Measured
 from pipeline.masking import mask
 from pipeline.run.mlflow import connect, find_or_create_run, tracking_uri
 from pipeline.storage.errors import StorageError
-from pipeline.storage.store import Store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -165,7 +164,8 @@ def _floors(study: Study) -> dict[str, Measured]:
         content = {}
     if content.get("evaluate") != list(study.evaluate):
         try:
-            found = real_floor(options, study.runs[0].config, World(device=pick_device("auto", 0)))
+            world = World(device=pick_device("auto", 0))
+            found = real_floor(options, study.runs[0].config, study.evaluation_data, world)
         except (UserError, OSError) as error:
             print(f"warning: cannot measure the metrics of real images: {error}")
             return {}
@@ -336,9 +336,8 @@ def _samples(study: Study) -> str:
     shown = []
     for value in study.values:
         for run in sorted((r for r in study.runs if r.value == value), key=lambda r: -r.budgets[-1]):
-            store = Store(run.config.out, run.config.storage)
-            if grids := sorted(store.list("samples/")):
-                shown.append(_figure(store.read(grids[-1]), f"{study.axis} {value}"))
+            if grids := sorted(run.store.list("samples/")):
+                shown.append(_figure(run.store.read(grids[-1]), f"{study.axis} {value}"))
                 break
     return "".join(shown) or "<p>No sample grids.</p>"
 

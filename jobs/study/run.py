@@ -22,7 +22,6 @@ from pipeline.prepare import provide_digits
 from pipeline.run.interrupted import INTERRUPTED_STATUS, was_interrupted
 from pipeline.run.journal import journal_dir
 from pipeline.run.mlflow import connect, find_or_create_run, tracking_uri
-from pipeline.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def execute(options: Execute) -> int:
 
     def start(run: Run) -> int:
         began = time.monotonic()
-        log = journal_dir(run.config.out) / "log.txt"
+        log = journal_dir(run.store) / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
         words = [sys.executable, *command[1:], run.name, "--prefix", options.prefix]
@@ -153,7 +152,7 @@ def _prepare(study: Study) -> None:
         raise InputError(f"evaluate.ema_rate: got {options.ema_rate}, expected {', '.join(map(str, rates[2:]))}, or 0")
     study.store.check(write=True, once=True)
     provide_digits(config)
-    data = Store(options.data or config.data.url, config.storage)
+    data = study.evaluation_data
     if "nll" in options.wanted:
         options.plan.check(config.diffusion.timesteps)
         if data.local is None or data.local.exists():  # or only the nodes have it
@@ -178,7 +177,7 @@ def _one(study: Study, run: Run, prefix: Sequence[str]) -> int:
         children = Children()
         if status := children.run([*prefix, *run.command(budget)]):
             # srun kills the last tasks to exit, and their status hides the others'.
-            return INTERRUPTED_STATUS if status > 128 and was_interrupted(run.config) else status
+            return INTERRUPTED_STATUS if status > 128 and was_interrupted(run.store) else status
         children.let_go()
         if children.stop:
             return INTERRUPTED_STATUS

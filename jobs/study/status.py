@@ -23,7 +23,7 @@ def status(options: Status) -> None:
         measured = load_points(study)
         rows = [["run", "state", "step", "FLOPs", "of budget", "loss", "images/s", "seen", *measured]]
         for run in study.runs:
-            records = journal_of(run.config.out, run.config.storage)
+            records = journal_of(run.store)
             last: dict[str, Any] = next((r for r in reversed(records) if r["kind"] == "metrics"), {})
             told = statuses(records)
             state = (told[-1] or "running").lower() if told else "waiting"

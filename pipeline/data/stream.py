@@ -103,6 +103,25 @@ def expected_digest(index: ShardIndex, epoch: int) -> int:
     return _sum(np.arange(index.num_samples), epoch)
 
 
+def sum_digests(shares: Sequence[dict[int, int]]) -> dict[int, int]:
+    """Sum the ranks' digests of each epoch, wrapping around as int64 does."""
+    epochs = sorted({epoch for share in shares for epoch in share})
+    totals = {epoch: sum(share.get(epoch, 0) for share in shares) for epoch in epochs}
+    return {epoch: (total + 2**63) % 2**64 - 2**63 for epoch, total in totals.items()}
+
+
+def finished_epochs(digests: dict[int, int], index: ShardIndex, position: int) -> list[tuple[int, int]]:
+    """Return the epochs that end at or before a position in the run, with their digests.
+
+    Raises AssertionError unless each had each sample exactly once.
+    """
+    finished = [(epoch, digest) for epoch, digest in digests.items() if (epoch + 1) * index.num_samples <= position]
+    for epoch, digest in finished:
+        expected = expected_digest(index, epoch)
+        assert digest == expected, f"epoch {epoch} missed or repeated samples: got digest {digest}, expected {expected}"
+    return finished
+
+
 def _sum(ids: np.ndarray, epoch: int) -> int:
     return int(_hashes(ids, "digest", epoch).sum(dtype=np.uint64).astype(np.int64))
 

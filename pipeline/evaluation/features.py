@@ -18,6 +18,7 @@ from pipeline.distributed.world import World
 from pipeline.errors import InputError
 from pipeline.evaluation.resumable import Block
 from pipeline.masking import mask
+from pipeline.model import from_uint8
 from pipeline.storage.backends import StorageConfig
 from pipeline.storage.errors import StorageError
 from pipeline.storage.store import Store, locate
@@ -159,7 +160,7 @@ class Classifier(nn.Module):
         self.out = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.hidden(images.float() / 127.5 - 1)
+        features = self.hidden(from_uint8(images))
         return features, self.out(features)
 
 

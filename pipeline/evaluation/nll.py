@@ -31,7 +31,7 @@ from pipeline.data.stream import permutation
 from pipeline.distributed.world import World
 from pipeline.errors import InputError
 from pipeline.evaluation.resumable import Block, Blocks
-from pipeline.model import Trained, autocast
+from pipeline.model import Trained, autocast, from_uint8
 from pipeline.storage.store import Store
 
 PILOT_IMAGES = 16
@@ -251,7 +251,7 @@ def _inputs(
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None, Callable[[Tensor | None, Tensor | int], Tensor]]:
     """Return the model's input images, its labels, and a function noise(indices or None for all, t)."""
-    x = images.to(device).to(model.dtype) / 127.5 - 1
+    x = from_uint8(images.to(device), model.dtype)
     y = labels.to(device) if model.config.model.num_classes is not None else None
     index = index.to(device)
 

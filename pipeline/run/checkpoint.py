@@ -106,7 +106,7 @@ class Checkpoints:
             print(f"warning: {problem}; skipping it", flush=True)
         return found
 
-    def newest(self, parts: tuple[str, ...] | None = None, step: int | None = None) -> tuple[Record, Parts] | None:
+    def load(self, parts: tuple[str, ...] | None = None, step: int | None = None) -> tuple[Record, Parts] | None:
         """Load the newest intact checkpoint (or the one at `step`) and its parts; None if the run has no checkpoint.
 
         `parts` names the parts to read (default: all). If a checkpoint is damaged, falls back to the one before it.
@@ -126,7 +126,7 @@ class Checkpoints:
                     return record, dict(zip(names, loaded, strict=True))
             except DamagedCheckpoint as error:
                 if not self.store.exists(record.name):  # training has continued, and retention has deleted it
-                    return self.newest(parts, step)
+                    return self.load(parts, step)
                 problems.append(str(error))
                 print(f"warning: {error}; trying the checkpoint before it", flush=True)
         if problems:

@@ -3,7 +3,6 @@
 import json
 import os
 
-from pipeline.config import TrainConfig
 from pipeline.storage.store import Store
 
 INTERRUPTED_FILE = "interrupted.json"
@@ -19,10 +18,10 @@ def slurm_attempt() -> str:
     return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
 
 
-def was_interrupted(config: TrainConfig) -> bool:
+def was_interrupted(run: Store) -> bool:
     """Whether a signal stopped the run's last attempt, by its own record: a launcher may hide its exit status."""
     try:
-        mark = json.loads(Store(config.out, config.storage).read(INTERRUPTED_FILE))
+        mark = json.loads(run.read(INTERRUPTED_FILE))
     except FileNotFoundError:
         return False
     return "SLURM_JOB_ID" not in os.environ or bool(mark.get("attempt") == slurm_attempt())

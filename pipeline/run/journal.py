@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
 
 JOURNAL = "journal.jsonl"
@@ -17,10 +16,9 @@ SHIPPED = "journal.shipped"  # next to the live journal: how much of it MLflow h
 EVALUATIONS = "evaluations/"  # folder next to the copy under a remote run's URL
 
 
-def journal_dir(out: str) -> Path:
+def journal_dir(run: Store) -> Path:
     """Return the local folder of a run's journal: a local run's own folder, else runs/NAME-HASH."""
-    store = Store(out)
-    return store.local or Path("runs") / f"{run_name(out)}-{hashlib.sha256(store.url.encode()).hexdigest()[:8]}"
+    return run.local or Path("runs") / f"{run_name(run.url)}-{hashlib.sha256(run.url.encode()).hexdigest()[:8]}"
 
 
 def run_name(out: str) -> str:
@@ -42,9 +40,9 @@ def read_journal(run: Path | Store) -> list[dict[str, Any]]:
     return _parse(journal) + _parse(_evaluations(run, journal))
 
 
-def journal_of(out: str, storage: StorageConfig) -> list[dict[str, Any]]:
-    """A run's history by its `--out`: the journal written on this machine, else the copy under the run's URL."""
-    return read_journal(journal_dir(out)) or read_journal(Store(out, storage))
+def journal_of(run: Store) -> list[dict[str, Any]]:
+    """A run's history: the journal written on this machine, else the copy under the run's URL."""
+    return read_journal(journal_dir(run)) or read_journal(run)
 
 
 def statuses(records: Sequence[dict[str, Any]]) -> list[str | None]:

@@ -42,7 +42,7 @@ def shards(s3: str) -> str:  # noqa: F811
 
 def newest(store: Store) -> tuple[int, dict[str, torch.Tensor]]:
     """Return the step and all tensors of the newest checkpoint."""
-    record, parts = Checkpoints(store).newest()
+    record, parts = Checkpoints(store).load()
     return record.step, {f"{part}/{name}": tensor for part in parts for name, tensor in parts[part].items()}
 
 
@@ -188,10 +188,10 @@ def test_a_run_goes_on_elsewhere_with_its_history(s3: str, shards: str, tmp_path
     assert [r["step"] for r in journal if r["kind"] == "metrics"] == [2, 4, 6, 8, 10, 12]
     assert [r["kind"] for r in journal].count("run") == 1
     assert [r["kind"] for r in journal].count("tags") == 3
-    assert read_journal(tmp_path / "a" / journal_dir(run)) == journal
+    assert read_journal(tmp_path / "a" / journal_dir(Store(run))) == journal
     # A local copy that is ahead of the store's, as after a kill, is kept.
     monkeypatch.chdir(tmp_path / "a")
-    ahead = journal_dir(run) / JOURNAL
+    ahead = journal_dir(Store(run)) / JOURNAL
     whole = ahead.read_bytes()
     Store(run, StorageConfig(s3)).write(JOURNAL, whole[: whole.index(b'"step": 8')].rpartition(b"\n")[0] + b"\n")
     train(tiny(shards, run, *endpoint, "--log-every", "2", "--horizon", "14steps"), World())
@@ -226,7 +226,7 @@ def test_what_cannot_work_fails_at_once_with_advice(s3: str, shards: str, tmp_pa
         assert not [text for text in ("hunter2", SECRET) if text in said]
     assert not Checkpoints(Store(out, StorageConfig(s3))).store.list()
     with pytest.raises(ValueError, match="s3://ckpt/never: got no checkpoint"):
-        sample.load_trained(out, StorageConfig(s3), World())
+        sample.load_trained(Store(out, StorageConfig(s3)), World())
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pipeline.loop import train
 from pipeline.model import load_trained
 from pipeline.presets import PRESETS
 from pipeline.sample import SampleConfig, main
-from pipeline.storage.backends import StorageConfig
+from pipeline.storage.store import Store
 
 
 def published(digits: str, folder: Path) -> tuple[str, UNet]:
@@ -36,7 +36,7 @@ def test_converted_weights_are_sampled_and_evaluated(digits: str, tmp_path: Path
     config = tiny(digits, tmp_path / "run")
     convert(path, config)
     for rate in (None, 0.0):
-        trained = load_trained(config.out, StorageConfig(), World(), rate)
+        trained = load_trained(Store(config.out), World(), rate)
         assert isinstance(trained.model, UNet)
         for name, tensor in model.state_dict().items():
             assert torch.equal(trained.model.state_dict()[name], tensor), name

@@ -26,7 +26,6 @@ from pipeline.evaluation.measured import Measured
 from pipeline.loop import train
 from pipeline.model import load_trained
 from pipeline.run.journal import fetch_journal, read_journal
-from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
 
 CPU = torch.device("cpu")
@@ -38,8 +37,9 @@ def evaluations(run: str | Path) -> list[dict[str, Any]]:
 
 
 def measured(world: World, config: EvaluateConfig) -> list[Measured]:
-    trained = load_trained(config.run, config.storage, world, config.ema_rate, config.step)
-    return measure([trained], config, world, keep=True)
+    trained = load_trained(Store(config.run, config.storage), world, config.ema_rate, config.step)
+    data = Store(config.data or trained.config.data.url, config.storage)
+    return measure([trained], config, data, world, Store(config.run, config.storage))
 
 
 def test_values_go_to_the_terminal_and_the_journal(small_run: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,19 +166,19 @@ def test_what_training_cannot_measure_is_refused_at_its_start(digits: str, tmp_p
 def test_what_real_images_get(small_run: str, digits: str, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "train-only", ignore=shutil.ignore_patterns("val*"))
     run, config = trained_config(small_run), images_config(small_run, samples=300)
-    held_out = {value.name: value for value in real_floor(config, run, World())}
+    held_out = {value.name: value for value in real_floor(config, run, Store(config.data or run.data.url), World())}
     assert held_out.keys() == {"fd_digits", "kd_digits", "recall_digits"}
     assert held_out["fd_digits"].passport["real"] == "val"
     # Training images are part of the reference: too close, and useless for metrics that compare with them directly.
-    (part,) = real_floor(replace(config, data=str(tmp_path / "train-only")), run, World())
+    (part,) = real_floor(config, run, Store(tmp_path / "train-only"), World())
     assert (part.name, part.passport["real"], part.passport["n"]) == ("fd_digits", "train", 300)
     assert 0 < part.value < held_out["fd_digits"].value
     with pytest.raises(ValueError, match="expected more than --samples = 5000 images"):
-        real_floor(replace(config, samples=5000), run, World())
+        real_floor(replace(config, samples=5000), run, Store(config.data or run.data.url), World())
 
 
 def trained_config(run: str) -> TrainConfig:
-    return load_trained(run, StorageConfig(), World()).config
+    return load_trained(Store(run), World()).config
 
 
 def images_config(run: str, **options: Any) -> EvaluateConfig:

@@ -33,7 +33,7 @@ IMPORTANCE = ("--diffusion.loss", "rescaled_kl", "--timestep-sampler", "loss-sec
 
 def newest(out: object) -> dict:
     """Return all tensors of the newest checkpoint, by part and name."""
-    _, parts = Checkpoints(Store(str(out))).newest()
+    _, parts = Checkpoints(Store(str(out))).load()
     return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
@@ -77,7 +77,7 @@ def test_a_run_from_start_to_end(digits: str, tmp_path: Path) -> None:
     assert train(tiny(digits, out), World()) == "finished"  # already complete
     longer = tiny(digits, out, "--horizon", "14steps")
     assert train(longer, World()) == "finished"
-    assert Checkpoints(Store(str(out))).newest()[0].step == 14
+    assert Checkpoints(Store(str(out))).load()[0].step == 14
 
 
 @pytest.mark.parametrize("flags", [(), IMPORTANCE, ("--model.dropout", "0.2", "--data.random-flip")])
@@ -233,14 +233,14 @@ def test_a_damaged_shard_is_one_clear_error_and_loses_nothing(digits: str, tmp_p
     assert "train-0" in result.stderr
     assert "damaged" in result.stderr
     assert "Traceback" not in result.stderr
-    assert Checkpoints(Store(str(out))).newest()[0].step == 4
+    assert Checkpoints(Store(str(out))).load()[0].step == 4
 
 
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(digits: str, tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     train(tiny(digits, tmp_path / "whole"), World())
     train(tiny(digits, out, "--horizon", "8steps"), World())
-    file = Checkpoints(Store(str(out))).newest()[0].parts["optimizer"]["file"]
+    file = Checkpoints(Store(str(out))).load()[0].parts["optimizer"]["file"]
     part = out / "checkpoints" / "data" / file
     part.write_bytes(part.read_bytes()[:-100])
     assert train(tiny(digits, out), World()) == "finished"

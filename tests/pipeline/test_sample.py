@@ -17,7 +17,7 @@ from pipeline.drawing import Recipe, draw, draw_batches
 from pipeline.images import grid_png
 from pipeline.model import Trained, load_trained
 from pipeline.sample import SampleConfig, main
-from pipeline.storage.backends import StorageConfig
+from pipeline.storage.store import Store
 
 CPU = torch.device("cpu")
 ANCESTRAL, DDIM = Recipe("ancestral", 5, 0.0, 3), Recipe("ddim", 5, 0.0, 3)
@@ -25,7 +25,7 @@ ANCESTRAL, DDIM = Recipe("ancestral", 5, 0.0, 3), Recipe("ddim", 5, 0.0, 3)
 
 @pytest.fixture(scope="module")
 def trained(small_run: str) -> Trained:
-    return load_trained(small_run, StorageConfig(), World())
+    return load_trained(Store(small_run), World())
 
 
 def drawn(trained: Trained, recipe: Recipe, count: int = 10, **options: Any) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_interpolation_between_images_inverts_them(small_run: str, tmp_path: Pat
 
 def test_a_grid_is_near_square_or_has_the_columns_asked_for() -> None:
     for columns, size in ((None, (200, 134)), (6, (398, 68)), (1, (68, 398))):
-        with Image.open(io.BytesIO(grid_png(torch.zeros(6, 3, 64, 64, dtype=torch.uint8), columns))) as picture:
+        with Image.open(io.BytesIO(grid_png(np.zeros((6, 3, 64, 64), np.uint8), columns))) as picture:
             assert picture.size == size
 
 

@@ -143,7 +143,7 @@ def test_the_whole_way_through_inception_is_torch_fidelitys(
     assert (network.name, network.metric("fid"), network.metric("recall")) == ("inception", "fid", "recall")
     torch.manual_seed(0)
     drawn, real = (torch.rand(20, 3, 4, 4).pow(power).mul(255).to(torch.uint8) for power in (1, 2))
-    (tmp_path / "real.npz").write_bytes(batch_npz(real))
+    (tmp_path / "real.npz").write_bytes(batch_npz(real.numpy()))
     reference = npz_reference(str(tmp_path / "real.npz"), StorageConfig(), network, World())
     wanted = ["fid", "is", "kid", "precision", "recall"]
     got = image_metrics([network.extract(images) for images in drawn.split(4)], reference, network, wanted, 3)
@@ -286,7 +286,7 @@ def test_reference_batches_of_the_guided_diffusion_evaluator(own: tuple[Store, F
     store, network = own
     images, _ = digits_of(store, "val", 50)
     path = tmp_path / "reference.npz"
-    path.write_bytes(batch_npz(images))
+    path.write_bytes(batch_npz(images.numpy()))
     with path.open("rb") as file:
         batches = list(npz_images(file, 16))
         assert [len(batch) for batch in batches] == [16, 16, 16, 2]
@@ -315,11 +315,11 @@ def test_reference_batches_of_the_guided_diffusion_evaluator(own: tuple[Store, F
 def test_a_reference_batch_may_be_anywhere(own: tuple[Store, Features], tmp_path: Path, kind: str) -> None:
     store, network = own
     images, _ = digits_of(store, "val", 30)
-    (tmp_path / "reference.npz").write_bytes(batch_npz(images))
+    (tmp_path / "reference.npz").write_bytes(batch_npz(images.numpy()))
     here = npz_reference(str(tmp_path / "reference.npz"), StorageConfig(), network, World())
     with _served(tmp_path) if kind == "http" else nullcontext("memory://references") as url:
         if kind == "memory":
-            Store(url).write("reference.npz", batch_npz(images))
+            Store(url).write("reference.npz", batch_npz(images.numpy()))
         there = npz_reference(f"{url}/reference.npz", StorageConfig(), network, World())
         assert there.images
         assert torch.equal(torch.cat(list(there.images(25))), images[:25])

@@ -17,7 +17,6 @@ from pipeline.evaluation import nll as module
 from pipeline.evaluation import resumable as blocks
 from pipeline.evaluation.nll import Nll, NllPlan, measure_nll
 from pipeline.model import Trained, load_trained
-from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
 
 CPU = torch.device("cpu")
@@ -25,12 +24,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def trained(small_run: str) -> Trained:
-    return load_trained(small_run, StorageConfig(), World())
+    return load_trained(Store(small_run), World())
 
 
 @pytest.fixture(scope="module")
 def early(small_run: str) -> Trained:
-    return load_trained(small_run, StorageConfig(), World(), step=20)
+    return load_trained(Store(small_run), World(), step=20)
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ def test_any_number_of_ranks_measures_the_same(small_run: str, digits: str, tmp_
 def _measure(world: World, run: str, digits: str, folder: str, options: dict[str, Any]) -> None:
     store = Store(digits)
     reader = Reader(store, load_index(store, "val"))
-    model = load_trained(run, StorageConfig(), World())
+    model = load_trained(Store(run), World())
     nll = measured(reader, model, world=world, **{"images": 70, "images_per_call": 8, **options})
     torch.save({"total": nll.total, "prior": nll.prior}, f"{folder}/{world.size}-{world.rank}.pt")
 
@@ -155,7 +154,7 @@ def test_models_of_different_t_share_no_timesteps(val: Reader, trained: Trained,
 
     train(tiny(digits, tmp_path, "--diffusion.timesteps", "21", "--horizon", "1steps"), World())
     with pytest.raises(ValueError, match=r"differ in --diffusion\.timesteps"):
-        measured(val, trained, load_trained(str(tmp_path), StorageConfig(), World()), images=4)
+        measured(val, trained, load_trained(Store(str(tmp_path)), World()), images=4)
 
 
 def test_shorter_chains_have_bounds_of_their_own(val: Reader, trained: Trained) -> None:

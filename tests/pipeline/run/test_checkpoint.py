@@ -50,12 +50,12 @@ def data_files(checkpoints: Checkpoints) -> list[str]:
 
 
 def test_round_trip(checkpoints: Checkpoints) -> None:
-    assert checkpoints.newest() is None
+    assert checkpoints.load() is None
     commit(checkpoints, 5)
-    record, loaded = checkpoints.newest()
+    record, loaded = checkpoints.load()
     assert (record.step, record.meta) == (5, {"step": 5})
     assert same(loaded, parts(5))
-    _, model_only = checkpoints.newest(parts=("model",))
+    _, model_only = checkpoints.load(parts=("model",))
     assert model_only.keys() == {"model"}
 
 
@@ -68,7 +68,7 @@ def test_a_snapshot_is_of_the_moment(checkpoints: Checkpoints) -> None:
     meta["digests"]["0"] += 7
     go_on.set()
     writer.close()
-    record, loaded = checkpoints.newest()
+    record, loaded = checkpoints.load()
     assert same(loaded, parts(1))
     assert record.meta == {"digests": {"0": 5}}
 
@@ -80,10 +80,10 @@ def assert_(condition: bool) -> None:
 def test_newest_is_the_last_committed_whatever_its_step(checkpoints: Checkpoints) -> None:
     commit(checkpoints, 8)
     commit(checkpoints, 6)  # a resumed run that fell back
-    assert checkpoints.newest()[0].step == 6
-    assert checkpoints.newest(step=8)[0].step == 8
+    assert checkpoints.load()[0].step == 6
+    assert checkpoints.load(step=8)[0].step == 8
     with pytest.raises(ValueError, match=r"no checkpoint of step 7; available steps: \[6, 8\]"):
-        checkpoints.newest(step=7)
+        checkpoints.load(step=7)
 
 
 def test_retention_keeps_the_last_and_the_multiples(checkpoints: Checkpoints) -> None:
@@ -92,13 +92,13 @@ def test_retention_keeps_the_last_and_the_multiples(checkpoints: Checkpoints) ->
     assert [r.step for r in kept] == [5, 10, 11]
     assert len(data_files(checkpoints)) == len(kept) * 2
     for record in kept:
-        assert same(checkpoints.newest(step=record.step)[1], parts(record.step))
+        assert same(checkpoints.load(step=record.step)[1], parts(record.step))
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "record"])
 def test_falls_back_to_the_checkpoint_before(checkpoints: Checkpoints, damage: str, capsys) -> None:
     commit(checkpoints, 1, 2)
-    newest, store = checkpoints.newest()[0], checkpoints.store
+    newest, store = checkpoints.load()[0], checkpoints.store
     if damage == "record":
         store.write(newest.name, b'{"kind": "checkpoi')
     else:
@@ -109,7 +109,7 @@ def test_falls_back_to_the_checkpoint_before(checkpoints: Checkpoints, damage: s
             store.delete(file)
         else:
             store.write(file, bytes(content[:-7] if damage == "truncate" else content))
-    record, loaded = checkpoints.newest()
+    record, loaded = checkpoints.load()
     assert record.step == 1
     assert same(loaded, parts(1))
     said = "skipping it" if damage == "record" else "trying the checkpoint before it"
@@ -121,7 +121,7 @@ def test_all_damaged_is_an_error_that_names_them(checkpoints: Checkpoints) -> No
     for name in data_files(checkpoints):
         checkpoints.store.write(name, b"x")
     with pytest.raises(DamagedCheckpoint, match=r"all 2 checkpoints are damaged.*step 2.*step 1"):
-        checkpoints.newest()
+        checkpoints.load()
 
 
 def test_a_reader_beside_training_takes_a_newer_one_for_what_retention_deletes(checkpoints: Checkpoints) -> None:
@@ -135,7 +135,7 @@ def test_a_reader_beside_training_takes_a_newer_one_for_what_retention_deletes(c
         return read_part(record, part)
 
     checkpoints._read_part = later  # type: ignore[method-assign]
-    assert checkpoints.newest(parts=("model",))[0].step == 18
+    assert checkpoints.load(parts=("model",))[0].step == 18
     writer.close()
 
 
@@ -143,13 +143,13 @@ def test_what_is_not_ours_and_a_broken_claim_are_passed_over(checkpoints: Checkp
     checkpoints.store.write("log/notes.txt", b"mine")
     checkpoints.claim({}).close()
     checkpoints.store.write("log/00000002.json", b"")  # a crash on a store without atomic writes
-    assert checkpoints.newest() is None
+    assert checkpoints.load() is None
     assert "00000002.json is not a checkpoint record" in capsys.readouterr().out
     commit(checkpoints, 1)
-    assert checkpoints.newest()[0].step == 1
-    checkpoints.store.write(checkpoints.newest()[0].name, b"x")
+    assert checkpoints.load()[0].step == 1
+    checkpoints.store.write(checkpoints.load()[0].name, b"x")
     with pytest.raises(DamagedCheckpoint, match="Start over"):
-        checkpoints.newest()
+        checkpoints.load()
 
 
 def test_a_stale_attempt_cannot_commit(checkpoints: Checkpoints) -> None:
@@ -160,7 +160,7 @@ def test_a_stale_attempt_cannot_commit(checkpoints: Checkpoints) -> None:
     stale.save(9, parts(9), {}, 1, None)
     with pytest.raises(StaleAttempt, match="newer attempt"):
         stale.close()
-    record, loaded = checkpoints.newest()
+    record, loaded = checkpoints.load()
     assert record.step == 4
     assert same(loaded, parts(4))
     commit(checkpoints, 5)  # its claim removes what the stale attempt left
@@ -211,7 +211,7 @@ def test_an_attempt_that_wakes_up_late_deletes_nothing_of_its_successor(checkpoi
     late._retain(1, None)  # even of its own checkpoint of that step
     go_on.set()
     successor.close()
-    record, loaded = checkpoints.newest()
+    record, loaded = checkpoints.load()
     assert record.attempt == successor.attempt
     assert same(loaded, parts(3))
 
@@ -263,7 +263,7 @@ def test_of_racing_attempts_exactly_one_commits(checkpoints: Checkpoints) -> Non
         thread.join()
     assert len(committed) == 1
     assert len(refused) == 5
-    assert checkpoints.newest()[0].step == committed[0]
+    assert checkpoints.load()[0].step == committed[0]
 
 
 class Crash(BaseException):
@@ -303,14 +303,14 @@ def test_a_crash_at_any_operation_leaves_a_valid_checkpoint(tmp_path: Path) -> N
     crashes = 0
     for seed in range(20):
         rng = random.Random(seed)
-        before = Checkpoints(Dying(url)).newest()[0].step
+        before = Checkpoints(Dying(url)).load()[0].step
         Dying.left, Dying.after = rng.randrange(12), rng.random() < 0.5
         try:
             commit(Checkpoints(Dying(url)), before + 1, before + 2, keep_last=2)
         except Crash:
             crashes += 1
         Dying.left = 10**9
-        record, loaded = Checkpoints(Dying(url)).newest()
+        record, loaded = Checkpoints(Dying(url)).load()
         assert record.step >= before
         assert same(loaded, parts(record.step))
     assert crashes >= 15
@@ -318,7 +318,7 @@ def test_a_crash_at_any_operation_leaves_a_valid_checkpoint(tmp_path: Path) -> N
 
 def _save_for_ever(url: str, config: StorageConfig, telling) -> None:
     checkpoints = Checkpoints(Store(url, config))
-    found = checkpoints.newest()
+    found = checkpoints.load()
     step = found[0].step if found else 0
     writer = checkpoints.claim({})
     while True:
@@ -347,12 +347,12 @@ def test_20_crashes_on_s3_leave_a_valid_checkpoint(s3) -> None:  # noqa: F811
             assert child.is_alive()
             child.kill()
             child.join()
-            record, loaded = checkpoints.newest()
+            record, loaded = checkpoints.load()
             assert record.step >= reached
             assert same(loaded, parts(record.step))
             reached = record.step
             kept = [r for r in checkpoints.records() if r.kind == "checkpoint"]
-            assert all(same(checkpoints.newest(step=r.step)[1], parts(r.step)) for r in kept)
+            assert all(same(checkpoints.load(step=r.step)[1], parts(r.step)) for r in kept)
             numbers = {f"{r.number:08d}" for r in kept}
             unfinished += any(name[5:13] not in numbers for name in data_files(checkpoints))
         assert sum(proxy.counts.values()) - proxy.counts["passed"] > 50
@@ -416,7 +416,7 @@ def test_a_store_that_goes_away_ends_the_writer_at_its_deadline(s3) -> None:  # 
         with pytest.raises(StorageError, match="gave up after"):
             writer.close()
         proxy.rate = 0.0
-        assert checkpoints.newest()[0].step == 1
+        assert checkpoints.load()[0].step == 1
 
 
 def test_no_pickle_is_ever_read(checkpoints: Checkpoints) -> None:

@@ -229,13 +229,13 @@ def test_no_password_is_printed_or_recorded(tmp_path: Path, capsys) -> None:
 
 
 def test_journal_dir() -> None:
-    assert journal_dir("runs/a") == Path("runs/a")
-    assert journal_dir("file:///x/a") == Path("/x/a")
-    remote = journal_dir("s3://bucket/team/a")
+    assert journal_dir(Store("runs/a")) == Path("runs/a")
+    assert journal_dir(Store("file:///x/a")) == Path("/x/a")
+    remote = journal_dir(Store("s3://bucket/team/a"))
     assert remote.parent == Path("runs")
     assert remote.name.startswith("a-")
-    assert remote != journal_dir("s3://bucket/other/a")
-    assert remote == journal_dir("s3://bucket/team/a/")
+    assert remote != journal_dir(Store("s3://bucket/other/a"))
+    assert remote == journal_dir(Store("s3://bucket/team/a/"))
 
 
 def test_records_are_plain_json_lines(tmp_path: Path) -> None:
