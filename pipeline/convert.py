@@ -29,7 +29,10 @@ def convert(path: str, config: TrainConfig) -> None:
 
     Raises InputError if they do not fit the model, or if the run already has a checkpoint.
     """
-    weights = load_published(path, config.model, config.out_channels)
+    try:
+        weights = load_published(path, config.model, config.out_channels)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     run = Store(config.out, config.storage)
     run.check(write=True, once=True)

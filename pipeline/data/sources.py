@@ -66,7 +66,7 @@ def imagenet64(source: Path, scratch: Path) -> list[Split]:
 def _npz_split(name: str, paths: Sequence[Path], scratch: Path) -> Split:
     labels, pixels = [], []
     for path in tqdm(paths, f"{name}: reading", unit="file", **_BAR):
-        with _naming(path), np.load(path, allow_pickle=False) as archive:
+        with _naming(path), path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not {"data", "labels"} <= set(archive.files):
                 raise InputError(f"has {', '.join(archive.files)}, expected data and labels")
             labels.append(np.asarray(archive["labels"]).reshape(-1))

@@ -85,9 +85,9 @@ def test_resume_after_kill(tmp_path):
     """A killed run is continued: finished shards are not rewritten, and the result is the same."""
     out = tmp_path / "killed"
     code = (
-        "import sys, time, pipeline.prepare as p; load = p._load\n"
+        "import sys, time, pipeline.data.writing as w, pipeline.prepare as p; load = w._load\n"
         "def slow(*a):\n    for sample in load(*a):\n        time.sleep(.001); yield sample\n"
-        "p._load = slow; sys.exit(p.main(sys.argv[1:]))"
+        "w._load = slow; sys.exit(p.main(sys.argv[1:]))"
     )
     child = subprocess.Popen([sys.executable, "-c", code, "digits", "--out", str(out), "--workers", "1"])
     for _ in range(600):

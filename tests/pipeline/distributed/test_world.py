@@ -17,6 +17,7 @@ from pipeline.data.shards import load_index
 from pipeline.data.stream import stream
 from pipeline.distributed.launch import _first_host, _tasks_per_node, connect, detect_launcher, run_main
 from pipeline.distributed.world import World, pick_device
+from pipeline.errors import InputError
 from pipeline.loop import train
 from pipeline.run.interrupted import INTERRUPTED_FILE
 from pipeline.run.journal import read_journal
@@ -344,7 +345,7 @@ def test_a_value_that_is_not_finite_on_one_rank_stops_all_at_its_step(digits: st
 def fail(world: World) -> None:
     world.at(3)
     if world.rank == 1:
-        raise ValueError("--data.url: unreadable on this node")
+        raise InputError("--data.url: unreadable on this node")
     world.gather(None)
 
 

@@ -174,6 +174,7 @@ def _theirs(drawn: torch.Tensor, real: torch.Tensor, weights: Path) -> dict[str,
         **options,
         cache=False,
         verbose=False,
+        save_cpu_ram=True,  # without four processes that load what is in memory
         feature_extractor="inception-v3-compat",
         feature_layer_prc="2048",
         feature_extractor_weights_path=str(weights),
@@ -244,7 +245,7 @@ def test_it_knows_the_digits_and_is_learnt_once(own: tuple[Store, Features]) -> 
     assert trained_features(store, index, World()).digest == network.digest
     # Other layers give another digest, even with the same weights.
     changed = nn.Sequential(*Classifier(1, 10).hidden[:-1])
-    assert metrics._digest(changed) != metrics._digest(nn.Sequential(*changed, nn.ReLU()))
+    assert features_module._digest(changed) != features_module._digest(nn.Sequential(*changed, nn.ReLU()))
     # Training again gives identical bits.
     store.delete(name)
     assert trained_features(store, index, World()).digest == network.digest
