@@ -16,6 +16,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from s3 import s3  # noqa: F401 -- a fixture, of one server for all tests
 
 from pipeline.cli import parse_train
 from pipeline.config import TrainConfig

@@ -560,7 +560,7 @@ def test_the_hooks_of_a_pod_that_stops_make_the_run_checkpoint(
             wait_for(lambda step=step: newest_step(tmp_path / "out") >= step, run, tmp_path / role)
             inside = ("nsenter", "-t", str(descendants(run.pid)[0]), "-p", "-m")
             subprocess.run([*inside, *hook], timeout=60, capture_output=True)
-            assert run.wait(60) == 75, (tmp_path / role).read_text()
+            assert run.wait(120) == 75, (tmp_path / role).read_text()
         finally:
             run.kill()
         said = (tmp_path / role).read_text()
