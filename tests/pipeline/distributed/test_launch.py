@@ -107,8 +107,8 @@ def test_a_killed_worker_ends_all_and_the_same_command_resumes(
     until(lambda: newest_step(out) >= 10, run)
     ranks = [run.rank(0), run.rank(1)]
     os.kill(ranks[1], signal.SIGKILL)
-    assert run.wait(60) != 0, run.said()
-    deadline = time.monotonic() + 20
+    assert run.wait() != 0, run.said()
+    deadline = time.monotonic() + 60
     while any(runs(pid) for pid in ranks):
         assert time.monotonic() < deadline, "a rank is left behind"
         time.sleep(0.1)
@@ -133,7 +133,7 @@ def test_torchrun_passes_its_signals_on(digits: str, tmp_path: Path) -> None:
         run = Launched((*TORCHRUN, *handled), digits, out, "--horizon", "100000steps")
         until(functools.partial(training, run, out, step), run)
         os.kill(run.process.pid, number)
-        assert run.wait(60) == 1  # torchrun's own: hence the marker
+        assert run.wait() == 1  # torchrun's own: hence the marker
         assert "checkpointed" in run.said()
         assert json.loads((out / INTERRUPTED_FILE).read_text())["step"] == newest_step(out)
 
@@ -144,7 +144,7 @@ def test_mpirun_passes_usr1_on_and_returns_the_status(digits: str, tmp_path: Pat
     run = Launched(MPIRUN, digits, out, "--horizon", "100000steps")
     until(lambda: newest_step(out) >= 10, run)
     os.kill(run.process.pid, signal.SIGUSR1)
-    assert run.wait(60) == 75
+    assert run.wait() == 75
     assert json.loads((out / INTERRUPTED_FILE).read_text())["step"] == newest_step(out)
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, TINY, run_module, tiny
-from ranks import STRICT, assert_same_run, descendants, free_port, free_ports, newest_step, read
+from ports import free_port, free_ports
+from ranks import STRICT, assert_same_run, descendants, newest_step, read
 
 from jobs.study.file import load_study
 from jobs.study.points import load_points
@@ -54,7 +55,8 @@ class Cluster:
         folder.mkdir()
         command = [RAY, "start", "--block", "--disable-usage-stats", "--num-cpus=1", f"--node-ip-address={ip}"]
         command += [f"--temp-dir={folder}", "--object-store-memory=100000000"]
-        command += [f"--dashboard-agent-listen-port={free_port()}", *more]
+        # Its workers' default ports, 10002 to 19999, are other tests' too; 0 leaves the choice to Linux.
+        command += [f"--dashboard-agent-listen-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0", *more]
         with (self.folder / f"{name}.log").open("w") as log:
             return subprocess.Popen(command, env=ENV, cwd=folder, stdout=log, stderr=log)
 

@@ -269,9 +269,9 @@ def srun(slurm: Slurm, nodes: int, digits: str, out: Path) -> subprocess.Popen[s
     )
 
 
-def said(run: subprocess.Popen[str], timeout: float = 180) -> str:
+def said(run: subprocess.Popen[str]) -> str:
     try:
-        return run.communicate(timeout=timeout)[0]
+        return run.communicate(timeout=180)[0]
     finally:
         run.kill()
 
@@ -297,7 +297,7 @@ def test_a_killed_task_ends_the_step_and_the_same_command_resumes(
         assert run.poll() is None
         time.sleep(0.05)
     os.kill(task(1, str(out)), signal.SIGKILL)
-    output = said(run, 60)
+    output = said(run)
     assert run.returncode != 0
     assert 10 <= newest_step(out) < 100, output
     again = srun(slurm, 1, digits, out)

@@ -177,6 +177,7 @@ def _theirs(drawn: torch.Tensor, real: torch.Tensor, weights: Path) -> dict[str,
         **options,
         cache=False,
         verbose=False,
+        save_cpu_ram=True,  # without four processes that load what is in memory
         feature_extractor="inception-v3-compat",
         feature_layer_prc="2048",
         feature_extractor_weights_path=str(weights),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from s3 import FaultProxy, s3  # noqa: F401
+from s3 import FaultProxy
 
 from pipeline.run.checkpoint import Checkpoints, DamagedCheckpoint, PartFile, StaleAttempt, Writer
 from pipeline.storage.backends import StorageConfig
@@ -338,7 +338,7 @@ def _save_for_ever(url: str, config: StorageConfig, telling) -> None:
 @pytest.mark.s3
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_20_crashes_on_s3_leave_a_valid_checkpoint(s3) -> None:  # noqa: F811
+def test_20_crashes_on_s3_leave_a_valid_checkpoint(s3) -> None:
     """A process that writes checkpoints continuously, with failing requests, is killed at a random moment."""
     url, context, rng = "s3://ckpt/crashes", multiprocessing.get_context("fork"), random.Random(0)
     checkpoints, reached, unfinished = Checkpoints(Store(url, StorageConfig(s3, deadline_s=300))), 0, 0
@@ -371,7 +371,7 @@ def test_20_crashes_on_s3_leave_a_valid_checkpoint(s3) -> None:  # noqa: F811
 
 @pytest.mark.s3
 @pytest.mark.parametrize("together", [True, False])
-def test_racing_attempts_through_lost_replies(s3, together: bool) -> None:  # noqa: F811
+def test_racing_attempts_through_lost_replies(s3, together: bool) -> None:
     """Every reported commit holds, and after a claim only the claimant commits."""
     url = f"s3://ckpt/race-{together}"
     committed, refused = set(), []
@@ -413,7 +413,7 @@ def test_racing_attempts_through_lost_replies(s3, together: bool) -> None:  # no
 
 
 @pytest.mark.s3
-def test_a_store_that_goes_away_ends_the_writer_at_its_deadline(s3) -> None:  # noqa: F811
+def test_a_store_that_goes_away_ends_the_writer_at_its_deadline(s3) -> None:
     with FaultProxy(s3, rate=0.0, faults=["500", "reset"]) as proxy:
         checkpoints = Checkpoints(Store("s3://ckpt/away", StorageConfig(proxy.url, deadline_s=3)))
         writer = checkpoints.claim({})

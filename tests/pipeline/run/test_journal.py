@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, TINY
 from mlflow import MlflowClient
 from PIL import Image
-from ranks import free_port
+from ports import free_port
 
 from pipeline.config import TrackingConfig
 from pipeline.run.journal import JOURNAL, fetch_journal, find_uid, journal_dir, put_evaluation, read_journal
@@ -29,6 +29,11 @@ DATASET = {"url": "data/digits", "name": "digits", "digest": "0" * 32}
 def tracker(folder: Path, uri: str | None, uid: str | None = None, **config: object) -> Tracker:
     options = {"experiment": "study", "flush_s": 120.0, **config}
     return Tracker(folder, TrackingConfig(uri=uri, **options), uid=uid, name="run", run_config=CONFIG, dataset=DATASET)
+
+
+def kill(tracker: Tracker) -> None:
+    """Close its file without a last record, as the end of its process would."""
+    tracker._file.close()
 
 
 def steps(folder: Path) -> list[int]:
@@ -47,6 +52,7 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
         first.log(step, {"train/loss": 1.0 / step})
     with (tmp_path / JOURNAL).open("ab") as file:
         file.write(b'{"kind": "metrics", "st')  # killed while writing
+    kill(first)
     second = tracker(tmp_path, "none", uid=first.uid)
     for step in (2, 3, 4, 5):  # back at the checkpoint of step 1
         second.log(step, {"train/loss": 1.0 / step})
@@ -68,6 +74,8 @@ def test_an_evaluation_elsewhere_is_added_to_whole_lines(tmp_path: Path) -> None
     with here.path.open("ab") as file:
         file.write(b'{"kind": "metrics", "st')  # killed while writing
     run.write(JOURNAL, here.path.read_bytes())
+    kill(here)
+    kill(elsewhere)
     fetch_journal(run, tmp_path / "here")
     fetch_journal(run, tmp_path / "here")
     for records in (read_journal(run), read_journal(tmp_path / "here")):
@@ -82,6 +90,7 @@ def test_a_new_run_in_an_old_folder_keeps_the_old_journal(tmp_path: Path) -> Non
     second = tracker(tmp_path, "none")
     assert second.uid != first.uid
     assert steps(tmp_path) == []
+    kill(second)
     assert (tmp_path / f"journal-{first.uid}.jsonl").exists()
 
 

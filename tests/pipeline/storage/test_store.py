@@ -14,7 +14,7 @@ import time
 
 import pytest
 from conftest import small_disk
-from s3 import FAULTS, KEY, SECRET, FaultProxy, credentials, s3  # noqa: F401
+from s3 import FAULTS, KEY, SECRET, FaultProxy, credentials
 
 from pipeline.errors import InputError
 from pipeline.masking import carries_credentials, mask
@@ -303,7 +303,7 @@ def test_import_is_light():
 
 
 @pytest.mark.s3
-def test_s3_survives_faults(s3):  # noqa: F811
+def test_s3_survives_faults(s3):
     with FaultProxy(s3, rate=0.3, seed=1) as proxy:
         proxy.stall_s = 2.0
         store = Store("s3://train/faults", StorageConfig(proxy.url, deadline_s=60))
@@ -322,7 +322,7 @@ def test_s3_survives_faults(s3):  # noqa: F811
 
 @pytest.mark.s3
 @pytest.mark.parametrize("fault", ["truncate", "short", "flip"])
-def test_s3_damage_in_transit_is_seen(s3, fault, tmp_path):  # noqa: F811
+def test_s3_damage_in_transit_is_seen(s3, fault, tmp_path):
     data = os.urandom(100_000)
     Store("s3://train/transit", StorageConfig(s3)).write(fault, data)
     with FaultProxy(s3, rate=0.6, seed=2, faults=[fault]) as proxy:
@@ -335,7 +335,7 @@ def test_s3_damage_in_transit_is_seen(s3, fault, tmp_path):  # noqa: F811
 
 @pytest.mark.s3
 @pytest.mark.parametrize("fault", ["500", "reset", "stall", "short"])
-def test_s3_gives_up_at_its_deadline(s3, fault):  # noqa: F811
+def test_s3_gives_up_at_its_deadline(s3, fault):
     Store("s3://train/endless", StorageConfig(s3)).write("k", b"0123456789")
     with FaultProxy(s3, rate=1.0, faults=[fault]) as proxy:
         store = Store("s3://train/endless", StorageConfig(proxy.url, deadline_s=2))
@@ -346,7 +346,7 @@ def test_s3_gives_up_at_its_deadline(s3, fault):  # noqa: F811
 
 
 @pytest.mark.s3
-def test_s3_lost_reply_that_won(s3):  # noqa: F811
+def test_s3_lost_reply_that_won(s3):
     class Losing(FaultProxy):
         async def _handle(self, request):
             self.rate = float(self.counts["lost"] == 0)
@@ -370,7 +370,7 @@ def test_s3_lost_reply_that_won(s3):  # noqa: F811
     ],
 )
 @pytest.mark.parametrize("write", [False, True])
-def test_s3_hopeless_fails_with_advice(s3, key, secret, url, advice, write):  # noqa: F811
+def test_s3_hopeless_fails_with_advice(s3, key, secret, url, advice, write):
     backends.s3_filesystem.cache_clear()
     try:
         with credentials(key, secret):
@@ -385,7 +385,7 @@ def test_s3_hopeless_fails_with_advice(s3, key, secret, url, advice, write):  # 
 
 
 @pytest.mark.s3
-def test_s3_credentials_may_take_longer_than_a_request(s3, tmp_path, monkeypatch):  # noqa: F811
+def test_s3_credentials_may_take_longer_than_a_request(s3, tmp_path, monkeypatch):
     given = json.dumps({"Version": 1, "AccessKeyId": KEY, "SecretAccessKey": SECRET})
     program, config = tmp_path / "program", tmp_path / "config"
     program.write_text(f"#!/bin/sh\nsleep 4\necho '{given}'\n")
@@ -465,7 +465,7 @@ def _read_in_child(url, endpoint, queue):
 
 @pytest.mark.s3
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_s3_after_fork(s3):  # noqa: F811
+def test_s3_after_fork(s3):
     store = Store("s3://train/fork", StorageConfig(s3, deadline_s=20))
     store.write("k", b"1")
     context = multiprocessing.get_context("fork")
@@ -478,7 +478,7 @@ def test_s3_after_fork(s3):  # noqa: F811
 
 
 @pytest.mark.s3
-def test_s3_large_object_survives_faults(s3):  # noqa: F811
+def test_s3_large_object_survives_faults(s3):
     """Eight requests that must all succeed, each failing with probability 1/2."""
     data = os.urandom(1 << 20) * 100
     with FaultProxy(s3, rate=0.5, seed=3, faults=["500", "reset", "lost", "stall"]) as proxy:
@@ -490,7 +490,7 @@ def test_s3_large_object_survives_faults(s3):  # noqa: F811
 
 
 @pytest.mark.s3
-def test_s3_upload_whose_last_reply_is_lost(s3):  # noqa: F811
+def test_s3_upload_whose_last_reply_is_lost(s3):
     class Losing(FaultProxy):
         lost = False
 
@@ -508,7 +508,7 @@ def test_s3_upload_whose_last_reply_is_lost(s3):  # noqa: F811
 
 
 @pytest.mark.s3
-def test_s3_large_objects(s3, tmp_path):  # noqa: F811
+def test_s3_large_objects(s3, tmp_path):
     store = Store("s3://ckpt/large", StorageConfig(s3, deadline_s=60))
     data = os.urandom(1 << 20) * 101  # more than one part
     store.write("k", data)
