@@ -8,8 +8,8 @@ import time
 
 import numpy as np
 import pytest
-from datasets import samples
 from PIL import Image
+from readers import samples
 
 from pipeline.data import sources
 from pipeline.data.shards import load_index

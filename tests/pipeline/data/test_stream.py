@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import small_disk
-from datasets import sample_order, samples
+from readers import sample_order, samples
 from s3 import FaultProxy
 
 from pipeline.data import cache as cache_module

@@ -229,7 +229,7 @@ def own(tmp_path_factory: pytest.TempPathFactory, digits: str) -> tuple[Store, F
 
 
 def digits_of(store: Store, split: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    from datasets import samples
+    from readers import samples
 
     return samples(store, load_index(store, split), range(n))
 
