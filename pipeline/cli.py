@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -11,6 +12,7 @@ import yaml
 
 from pipeline.config import TrainConfig, _flag, flatten
 from pipeline.errors import InputError, UserError
+from pipeline.presets import PRESETS
 
 T = TypeVar("T")
 
@@ -20,8 +22,6 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
 
     On an invalid flag or value, prints a message and exits with status 2, as argument parsers do.
     """
-    from pipeline.presets import PRESETS
-
     parser = argparse.ArgumentParser(_program(), "%(prog)s [--help] [flags]", add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="digits")
     parser.add_argument("--config")
@@ -44,7 +44,7 @@ def parse_flags(kind: type[T], argv: Sequence[str], description: str, default: T
 def _program() -> str | None:
     """Return the command that started the program, for its messages."""
     spec = sys.modules["__main__"].__spec__
-    return f"python -m {spec.name}" if spec else None
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
 
 
 def fail_usage(error: Exception) -> NoReturn:
@@ -63,15 +63,40 @@ def _description(preset: str, presets: list[str]) -> str:
     )
 
 
+def flags_of(config: TrainConfig) -> list[str]:
+    """Return the flags with which `parse_train` gives exactly this configuration: those that differ from its default's.
+
+    A text that begins with "-" cannot be given as a flag's value, nor can "None" where a field may be empty.
+    """
+    default = flatten(asdict(PRESETS["digits"]))
+    fields = flatten(asdict(config))
+    return to_flags({name: value for name, value in fields.items() if value != default[name]})
+
+
 def file_flags(path: str) -> list[str]:
     """Convert a YAML file to flags, so that one parser validates both."""
+    return to_flags(file_fields(path))
+
+
+def file_fields(path: str) -> dict[str, Any]:
+    """Read the fields of a YAML file, by dotted name."""
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of fields to values, got {type(content).__name__}")
-    return [word for name, value in flatten(content).items() for word in _as_flag(name.removeprefix("launch."), value)]
+    return flatten(content)
+
+
+def to_flags(fields: dict[str, Any]) -> list[str]:
+    """Convert fields by dotted name to flags."""
+    flags = []
+    for name, value in fields.items():
+        flags += _as_flag(name.removeprefix("launch."), value)
+    return flags
 
 
 def _as_flag(name: str, value: Any) -> list[str]:
