@@ -1,5 +1,6 @@
 """The figures of a study's report, each with a caption of what is in it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,9 @@ import numpy as np
 from jobs.study.findings import Findings
 from jobs.study.scaling import PAPER, frontier, isoflop
 
-Captioned = tuple[Any, str]
-"""A matplotlib Figure and its caption."""
 
-
-def draw_figures(findings: Findings) -> dict[str, Captioned]:
-    """Draw all figures that the findings allow; return each with its caption."""
+def draw_figures(findings: Findings) -> dict[str, tuple[Any, str]]:
+    """Draw all figures that the findings allow; return each, a matplotlib Figure, with its caption."""
     drawings = {"frontier": _frontier}
     if isoflop(findings.points):
         drawings["isoflop"] = _isoflop
@@ -20,19 +18,20 @@ def draw_figures(findings: Findings) -> dict[str, Captioned]:
         drawings["residuals"] = _residuals
     if "L(C)" in findings.fits and findings.name in PAPER:
         drawings["papers"] = _papers
-    return {name: draw(findings) for name, draw in drawings.items()}
+    return {name: _draw(drawing, findings) for name, drawing in drawings.items()}
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
+def _draw(drawing: Callable[[Any, Findings], str], findings: Findings) -> tuple[Any, str]:
+    """Call `drawing` with logarithmic axes; it returns the caption."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
-    axis.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+    axis.set(xscale="log", yscale="log")
     axis.grid(alpha=0.25, which="both")
     axis.yaxis.set_major_formatter("{x:.4g}")
     axis.yaxis.set_minor_formatter("{x:.4g}")
-    return figure, axis
+    return figure, drawing(axis, findings)
 
 
 def _colors(count: int) -> Any:
@@ -41,9 +40,10 @@ def _colors(count: int) -> Any:
     return colormaps["viridis"](np.linspace(0, 0.9, count))
 
 
-def _frontier(findings: Findings) -> Captioned:
+def _frontier(axis: Any, findings: Findings) -> str:
     points, best = findings.points, frontier(findings.points)
-    figure, axis = _axes(f"{findings.label} over training compute", "training compute, FLOPs", findings.label)
+    title = f"{findings.label} over training compute"
+    axis.set(title=title, xlabel="training compute, FLOPs", ylabel=findings.label)
     sizes = sorted({p.parameters for p in points})
     for size, color in zip(sizes, _colors(len(sizes)), strict=True):
         measured = [(p.flops, p.value) for p in points if p.parameters == size]
@@ -65,14 +65,14 @@ def _frontier(findings: Findings) -> Captioned:
         axis.axhline(findings.floor.value, color="black", ls=":", lw=1.2, label="real images")
         caption.append("dotted: the same number of real images")
     axis.legend(fontsize=8, ncols=2)
-    return figure, "; ".join(caption) + "."
+    return "; ".join(caption) + "."
 
 
-def _isoflop(findings: Findings) -> Captioned:
+def _isoflop(axis: Any, findings: Findings) -> str:
     from matplotlib.ticker import LogLocator
 
     curves = isoflop(findings.points)
-    figure, axis = _axes(f"{findings.label} over size, at equal compute", "weights", findings.label)
+    axis.set(title=f"{findings.label} over size, at equal compute", xlabel="weights", ylabel=findings.label)
     for curve, color in zip(curves, _colors(len(curves)), strict=True):
         points = [p for p in findings.points if p.budget == curve.budget]
         sizes = [p.parameters for p in points]
@@ -90,11 +90,11 @@ def _isoflop(findings: Findings) -> Captioned:
         caption += "; stars: minima within the sizes measured"
     if not all(curve.parameters for curve in curves):
         caption += ". A curve without a star shows no optimum"
-    return figure, caption + "."
+    return caption + "."
 
 
-def _residuals(findings: Findings) -> Captioned:
-    figure, axis = _axes("Measured over fitted", "training compute, FLOPs", "log measured - log fitted")
+def _residuals(axis: Any, findings: Findings) -> str:
+    axis.set(title="Measured over fitted", xlabel="training compute, FLOPs", ylabel="log measured - log fitted")
     axis.set_yscale("linear")
     axis.yaxis.set_major_formatter("{x:+.1%}")
     styles = {"L(C)": ("o", "L(C), frontier"), "L(N, D)": ("x", "L(N, D)")}
@@ -103,15 +103,15 @@ def _residuals(findings: Findings) -> Captioned:
         axis.plot([p.flops for p in fit.points], fit.residuals, marker, ms=5, label=label)
     axis.axhline(0, color="black", lw=0.8)
     axis.legend(fontsize=8)
-    return figure, "Residuals of the fitted laws: a trend over compute would mean that a law has the wrong form."
+    return "Residuals of the fitted laws: a trend over compute would mean that a law has the wrong form."
 
 
-def _papers(findings: Findings) -> Captioned:
+def _papers(axis: Any, findings: Findings) -> str:
     from matplotlib.ticker import NullFormatter
 
     fit, points = findings.fits["L(C)"], findings.points
-    title, y = "Reducible part, with IDDPM's fit", f"{findings.label} above the floor"
-    figure, axis = _axes(title, "training compute, MACs", y)
+    title, ylabel = "Reducible part, with IDDPM's fit", f"{findings.label} above the floor"
+    axis.set(title=title, xlabel="training compute, MACs", ylabel=ylabel)
     axis.yaxis.set_minor_formatter(NullFormatter())  # too many decades for labels between them
 
     (e, _, _), (a, _, _) = (fit.parameters()[name] for name in ("E", "a"))
@@ -126,7 +126,7 @@ def _papers(findings: Findings) -> Captioned:
     label = f"IDDPM, ImageNet 64: {floor:.2f} + ({k:g} C)^-{exponent}"
     axis.plot(macs, (k * macs) ** -exponent, "--", color="black", lw=1.2, label=label)
     axis.legend(fontsize=8)
-    return figure, (
+    return (
         "The part above the irreducible term over multiply-accumulates, which match the C printed in the paper."
         " Slopes are comparable, heights are not: the data differ, and the paper set its constants by hand."
     )

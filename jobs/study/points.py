@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,14 @@ def print_status(options: Status) -> None:
     while True:
         points = load_points(study)
         rows = [["run", "state", "step", "FLOPs", "of budget", "loss", "images/s", "seen", *points]]
-        rows += [_progress(run) + _values(run, points) for run in study.runs]
-        measured = max(map(len, points.values()), default=0)
+        for run in study.runs:
+            rows.append(_progress(run))
+            for measured in points.values():
+                values = {p.budget: f"{p.value:.4f}" for p in measured if p.run == run.name}
+                rows[-1].append(" ".join(values.get(budget, "-") for budget in run.budgets))
+        done = max(map(len, points.values()), default=0)
         print(("\033[2J\033[H" if options.watch else "") + table(rows))
-        print(f"{measured} of {sum(len(run.budgets) for run in study.runs)} points measured", flush=True)
+        print(f"{done} of {sum(len(run.budgets) for run in study.runs)} points measured", flush=True)
         if not options.watch:
             return
         time.sleep(options.watch)
@@ -48,15 +52,6 @@ def _progress(run: Run) -> list[str]:
     flops = metrics["compute/train_flops"]
     done = [str(step), f"{flops:.3g}", f"{flops / run.budgets[-1]:.0%}"]
     return [run.name, state, *done, f"{metrics['train/loss']:.4g}", f"{metrics['train/images_per_second']:.4g}", seen]
-
-
-def _values(run: Run, points: "Mapping[str, Sequence[ComputePoint]]") -> list[str]:
-    """Format a run's values of each metric, at all of its budgets."""
-    cells = []
-    for measured in points.values():
-        values = {point.budget: f"{point.value:.4f}" for point in measured if point.run == run.name}
-        cells.append(" ".join(values.get(budget, "-") for budget in run.budgets))
-    return cells
 
 
 def missing(study: Study, run: Run) -> list[float]:
