@@ -114,17 +114,15 @@ def tracking_uri(config: TrackingConfig) -> str:
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
-def update_parent(
-    tracking: TrackingConfig, experiment: str, uid: str, update: Callable[[Any, str], object]
-) -> str | None:
+def update_parent(config: TrackingConfig, experiment: str, uid: str, update: Callable[[Any, str], Any]) -> str | None:
     """Call `update` with an MlflowClient and the id of the parent of an experiment's runs, unless tracking is off.
 
     Returns why that failed, if it did: a failing tracking server must not stop its caller.
     """
-    if tracking.uri == "none":
+    if config.uri == "none":
         return None
     try:
-        update(*open_run(tracking_uri(tracking), experiment, uid, experiment))
+        update(*open_run(tracking_uri(config), experiment, uid, experiment))
     except Exception as error:
         return mask(str(error))
     return None
