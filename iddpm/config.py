@@ -1,7 +1,9 @@
 """Configuration of the U-Net and the diffusion process. Does not import torch, so that --help is fast."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
+
+from iddpm.bounds import NOT_EMPTY, Bound, Count, Fraction, check_bounds
 
 Schedule = Literal["linear", "cosine"]
 Mean = Literal["epsilon", "x_start", "x_prev"]
@@ -9,82 +11,57 @@ Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 
 GROUPS = 32  # in every GroupNorm
+Width = Annotated[Count, Bound(lambda c: c % GROUPS == 0, f"a multiple of {GROUPS}, the number of GroupNorm groups")]
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """The U-Net of IDDPM: residual blocks at several resolutions, self-attention at some of them."""
 
-    image_size: int = 64
+    image_size: Count = 64
     """Height and width of the images, in pixels; a multiple of 2^(levels - 1)."""
-    in_channels: int = 3
+    in_channels: Count = 3
     """Image channels: 3 for RGB, 1 for greyscale."""
-    channels: int = 128
+    channels: Width = 128
     """Width C of the first level, a multiple of 32. Parameters and FLOPs grow quadratically with it."""
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    channel_mult: Annotated[tuple[Count, ...], NOT_EMPTY] = (1, 2, 3, 4)
     """Width of each level as a multiple of `channels`; each level after the first halves the resolution."""
-    num_res_blocks: int = 3
+    num_res_blocks: Count = 3
     """Residual blocks per level of the downsampling path (the upsampling path has one more), 1 or more."""
-    attention_resolutions: tuple[int, ...] = (16, 8)
+    attention_resolutions: tuple[Count, ...] = (16, 8)
     """Feature maps of these sizes, in pixels, get self-attention; the smallest always has it."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Attention heads; must divide the width of every level with attention."""
-    num_heads_upsample: int | None = None
+    num_heads_upsample: Count | None = None
     """Attention heads of the upsampling path; None: same as num_heads."""
     scale_shift_norm: bool = True
     """Scale and shift each block's GroupNorm by the timestep embedding (IDDPM) instead of adding it (DDPM)."""
-    dropout: float = 0.0
+    dropout: Fraction = 0.0
     """Dropout probability in the residual blocks. The paper uses 0 on ImageNet 64, 0.1 to 0.3 on CIFAR-10."""
-    num_classes: int | None = None
+    num_classes: Count | None = None
     """Number of classes for a class-conditional model; None: unconditional."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "in_channels", "channels", "num_res_blocks", "num_heads"):
-            _check(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in ("num_heads_upsample", "num_classes"):
-            value = getattr(self, name)
-            _check(f"model.{name}", value, value is None or value >= 1, "1 or more, or None")
-        _check(
-            "model.channel_mult",
-            self.channel_mult,
-            bool(self.channel_mult) and min(self.channel_mult) >= 1,
-            "one or more integers, each 1 or more",
-        )
-        _check(
-            "model.attention_resolutions",
-            self.attention_resolutions,
-            all(r >= 1 for r in self.attention_resolutions),
-            "feature-map sizes in pixels, each 1 or more",
-        )
-        _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "a probability in [0, 1)")
-        _check(
-            "model.channels",
-            self.channels,
-            self.channels % GROUPS == 0,
-            f"a multiple of {GROUPS}, the number of GroupNorm groups",
-        )
+        check_bounds(self, "model.")
         halvings = len(self.channel_mult) - 1
-        _check(
-            "model.image_size",
-            self.image_size,
-            self.image_size % 2**halvings == 0,
-            f"a multiple of {2**halvings}: channel_mult {self.channel_mult} halves it {halvings} times",
-        )
+        factor = 2**halvings
+        if self.image_size % factor:
+            raise ValueError(
+                f"--model.image-size: got {self.image_size}, expected a multiple of {factor}:"
+                f" channel_mult {self.channel_mult} halves it {halvings} times"
+            )
         for level, mult in enumerate(self.channel_mult):
             width = mult * self.channels
             attended = self.image_size // 2**level in self.attention_resolutions
-            # The smallest feature map always has attention in the middle block, but not in the upsampling path.
-            for name, used in (
-                ("num_heads", attended or level == halvings),
-                ("num_heads_upsample", attended),
-            ):
-                heads = getattr(self, name)
-                _check(
-                    f"model.{name}",
-                    heads,
-                    not used or heads is None or width % heads == 0,
-                    f"a divisor of {width}, the width of level {level}, which has attention",
-                )
+            # The middle block always has attention, on the smallest feature maps; the upsampling path need not.
+            heads = self.num_heads if attended or level == halvings else 1
+            heads_upsample = self.num_heads_upsample if attended else None
+            for flag, count in (("num-heads", heads), ("num-heads-upsample", heads_upsample or 1)):
+                if width % count:
+                    raise ValueError(
+                        f"--model.{flag}: got {count}, expected a divisor of {width}, the width of level {level},"
+                        " which has attention"
+                    )
 
 
 @dataclass(frozen=True)
@@ -97,7 +74,7 @@ class DiffusionConfig:
     which is T times the L_vlb term at t, in expectation L_vlb in bits/dim (loss=kl: the unscaled term).
     """
 
-    timesteps: int = 4000
+    timesteps: Count = 4000
     """Number T of diffusion steps. The paper trains with 4000; DDPM used 1000."""
     schedule: Schedule = "cosine"
     """Noise schedule: DDPM's linear betas, scaled to T, or IDDPM's cosine (eq. 17), which adds noise more slowly."""
@@ -112,17 +89,13 @@ class DiffusionConfig:
     """Feed the network t x 1000/T instead of t. The paper's class-conditional models use t."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("schedule", Schedule), ("mean", Mean), ("variance", Variance), ("loss", Loss)):
-            value = getattr(self, name)
-            _check(f"diffusion.{name}", value, value in get_args(kind), "one of " + ", ".join(get_args(kind)))
-        _check("diffusion.timesteps", self.timesteps, self.timesteps >= 1, "1 or more")
+        check_bounds(self, "diffusion.")
         # The scaled linear schedule ends at beta = 20/T, which must be below 1.
-        _check(
-            "diffusion.timesteps",
-            self.timesteps,
-            self.schedule != "linear" or self.timesteps > 20,
-            "21 or more with schedule=linear (its last beta is 20/T); use schedule=cosine for fewer",
-        )
+        if self.schedule == "linear" and self.timesteps <= 20:
+            raise ValueError(
+                f"--diffusion.timesteps: got {self.timesteps}, expected 21 or more with schedule=linear (its last beta"
+                " is 20/T); use schedule=cosine for fewer"
+            )
 
     @property
     def learns_variance(self) -> bool:
@@ -132,8 +105,3 @@ class DiffusionConfig:
     def out_channels(self, in_channels: int) -> int:
         """Number of network output channels for images with `in_channels` channels."""
         return 2 * in_channels if self.learns_variance else in_channels
-
-
-def _check(field: str, value: object, ok: bool, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{field}: got {value!r}, expected {expected}")

@@ -1,5 +1,6 @@
 """Gaussian diffusion: the forward process q, the learned reverse process p, and the training losses."""
 
+import math
 from collections.abc import Sequence
 from copy import copy
 from typing import NamedTuple, Protocol
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iddpm.config import DiffusionConfig
-from iddpm.gaussian import mean_flat, vlb_bits
+from iddpm.gaussian import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from iddpm.schedule import make_betas
 
 
@@ -58,7 +59,7 @@ class Diffusion:
         kept = list(range(config.timesteps)) if keep is None else list(keep)
         if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= config.timesteps:
             raise ValueError(f"keep: got {kept}, expected increasing timesteps from 0 to {config.timesteps - 1}")
-        one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        one = torch.ones(1, dtype=torch.float64)
         if keep is not None:
             kept_cumprod = (1 - betas).cumprod(0)[kept]
             betas = 1 - kept_cumprod / torch.cat([one, kept_cumprod[:-1]])
@@ -68,7 +69,7 @@ class Diffusion:
         self.timestep_map = torch.tensor(kept, device=device)
         alphas_cumprod = (1 - betas).cumprod(0)
         alphas_cumprod_prev = torch.cat([one, alphas_cumprod[:-1]])
-        self.alphas_cumprod_next = torch.cat([alphas_cumprod[1:], zero]).to(device)
+        self.alphas_cumprod_next = torch.cat([alphas_cumprod[1:], torch.zeros_like(one)]).to(device)
         self._set_tables(betas.to(device), alphas_cumprod.to(device), alphas_cumprod_prev.to(device))
 
     def _set_tables(
@@ -102,7 +103,8 @@ class Diffusion:
         """
         process = copy(self)
         process.timestep_map = self.timestep_map[t].expand(t)
-        now, then = self.alphas_cumprod[t].expand(t), self.alphas_cumprod[:t]
+        now = self.alphas_cumprod[t].expand(t)
+        then = self.alphas_cumprod[:t]
         process._set_tables(1 - now / then, now, then)
         return process
 
@@ -122,7 +124,8 @@ class Diffusion:
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Sample x_t from x_start and standard normal `noise` (IDDPM equation 9)."""
-        signal, sigma = at(self.sqrt_alphas_cumprod, t, x_start), at(self.sqrt_one_minus_alphas_cumprod, t, x_start)
+        signal = at(self.sqrt_alphas_cumprod, t, x_start)
+        sigma = at(self.sqrt_one_minus_alphas_cumprod, t, x_start)
         return signal * x_start + sigma * noise
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
@@ -156,42 +159,44 @@ class Diffusion:
         posterior = self.q_posterior_mean_variance(x_start, x_t, t)
 
         def vlb(output: Tensor) -> Tensor:
-            p = self.prediction(output, x_t, t, clip_denoised=False)
-            return vlb_bits(x_start, t, posterior.mean, posterior.log_variance, p.mean, p.log_variance)
+            return vlb_bits(x_start, t, posterior, self.prediction(output, x_t, t, clip_denoised=False))
 
         if config.loss in ("kl", "rescaled_kl"):
             # T times the term at a uniform t estimates the sum over t, L_vlb (IDDPM equation 4).
             scale: float = self.num_timesteps if config.loss == "rescaled_kl" else 1
             return Losses(scale * vlb(output), None, None)
 
-        targets = {"epsilon": noise, "x_start": x_start, "x_prev": posterior.mean}
+        target = {"epsilon": noise, "x_start": x_start, "x_prev": posterior.mean}[config.mean]
         if not config.learns_variance:
-            mse = mean_flat((targets[config.mean] - output).square())
+            mse = mean_flat((target - output).square())
             return Losses(mse, mse, None)
         # L_hybrid (IDDPM equation 16): the bound trains only the variance; its gradient stops at the mean.
         # The scale is the paper's lambda = 0.001 times the T of rescaled_kl.
         mean, variance = output.chunk(2, dim=1)
-        mse = mean_flat((targets[config.mean] - mean).square())
+        mse = mean_flat((target - mean).square())
         scale = self.num_timesteps / 1000 if config.loss == "rescaled_mse" else 1
         vb = scale * vlb(torch.cat([mean.detach(), variance], dim=1))
         return Losses(mse + vb, mse, vb)
 
     def output(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Return the network's output for x_t, in the dtype of x_t."""
-        told = self.timestep_map[t].float()
+        timesteps = self.timestep_map[t].float()
         if self.config.rescale_timesteps:
-            told = told * (1000 / self.config.timesteps)
-        output = model(x_t, told, y).to(x_t.dtype)  # the network may be bfloat16, the arithmetic on its output is not
+            timesteps = timesteps * (1000 / self.config.timesteps)
+        # The network may be bfloat16, the arithmetic on its output is not.
+        output = model(x_t, timesteps, y).to(x_t.dtype)
         expected = self.config.out_channels(x_t.shape[1])
         assert output.shape[1] == expected, f"model gave {output.shape[1]} channels, expected {expected}"
         return output
 
-    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool) -> Prediction:
+    def prediction(self, output: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = True) -> Prediction:
         """Return the p(x_{t-1} | x_t) that the network's output describes."""
         config = self.config
-        smallest, largest = at(self.posterior_log_variance_clipped, t, x_t), at(self.log_betas, t, x_t)
+        smallest = at(self.posterior_log_variance_clipped, t, x_t)
+        largest = at(self.log_betas, t, x_t)
         if config.variance == "fixed_small":
-            variance, log_variance = at(self.posterior_variance, t, x_t), smallest
+            variance = at(self.posterior_variance, t, x_t)
+            log_variance = smallest
         elif config.variance == "fixed_large":
             variance = at(self.fixed_large_variance, t, x_t)
             log_variance = at(self.fixed_large_log_variance, t, x_t)
@@ -208,12 +213,20 @@ class Diffusion:
         elif config.mean == "x_start":
             pred_xstart = output
         else:  # the posterior mean, solved for x_start
-            coef1, coef2 = self.posterior_mean_coef1, self.posterior_mean_coef2
-            pred_xstart = at(1 / coef1, t, x_t) * output - at(coef2 / coef1, t, x_t) * x_t
+            coef1 = self.posterior_mean_coef1
+            ratio = self.posterior_mean_coef2 / coef1
+            pred_xstart = at(1 / coef1, t, x_t) * output - at(ratio, t, x_t) * x_t
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean = output if config.mean == "x_prev" else self.q_posterior_mean_variance(pred_xstart, x_t, t).mean
         return Prediction(mean, variance.expand_as(mean), log_variance.expand_as(mean), pred_xstart)
+
+
+def vlb_bits(x_start: Tensor, t: Tensor, posterior: Gaussian, p: Prediction) -> Tensor:
+    """Bound terms [N] in bits/dim: L_{t-1}, the KL from posterior to model, or the decoder's L_0 where t is 0."""
+    kl = mean_flat(normal_kl(posterior.mean, posterior.log_variance, p.mean, p.log_variance))
+    decoder_nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, p.mean, 0.5 * p.log_variance))
+    return torch.where(t == 0, decoder_nll, kl) / math.log(2)
 
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Parameter and FLOP counts of a network, computed on the meta device without running it."""
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from iddpm.config import UNetConfig
@@ -15,16 +16,21 @@ def count_parameters(config: UNetConfig, out_channels: int) -> int:
         return sum(p.numel() for p in UNet(config, out_channels).parameters())
 
 
+def one_image(config: UNetConfig) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the network's inputs for one image, without values, on the current default device."""
+    x = torch.empty(1, config.in_channels, config.image_size, config.image_size)
+    y = torch.empty(1, dtype=torch.int64) if config.num_classes is not None else None
+    return x, torch.empty(1), y
+
+
 def forward_flops(config: UNetConfig, out_channels: int) -> int:
     """Return the FLOPs of one image's forward pass: 2 per multiply-accumulate in convolutions, linear layers and
     attention.
     """
     with torch.device("meta"), torch.no_grad():
         model = UNet(config, out_channels)
-        x = torch.empty(1, config.in_channels, config.image_size, config.image_size)
-        y = torch.empty(1, dtype=torch.int64) if config.num_classes is not None else None
         with FlopCounterMode(display=False) as counter:
-            model(x, torch.empty(1), y)
+            model(*one_image(config))
     return counter.get_total_flops()
 
 

@@ -28,8 +28,9 @@ def fused_norm_act(
 def _forward(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, ...]:
-    y, *more = _compiled(_norm_act)(_pixels(x), groups, weight[:], bias[:], eps, _flat(scale), _flat(shift))
-    return _like(x, y), *more
+    """Return y [N, C, H, W] and `_norm_act`'s other results."""
+    y, *rest = _compiled(_norm_act)(_pixels(x), groups, weight[:], bias[:], eps, _flat(scale), _flat(shift))
+    return _like(x, y), *rest
 
 
 class _FusedNormAct(torch.autograd.Function):
@@ -39,37 +40,24 @@ class _FusedNormAct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        groups: int,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        scale: Tensor | None,
-        shift: Tensor | None,
-    ) -> Tensor:
-        y, *coefficients = _forward(x, groups, weight, bias, eps, scale, shift)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, groups, weight, bias, _, scale, _ = inputs
+        y, *coefficients = _forward(*inputs)
         ctx.save_for_backward(x, *coefficients, weight, bias, scale)
         ctx.groups = groups
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, mean, rstd, weight, bias, scale = ctx.saved_tensors
-        pixels, grad = _pixels(x), _pixels(grads[0])
-        sums = _compiled(_gradient_sums)(grad, pixels, a, b, mean, rstd, ctx.groups, weight[:], bias[:], _flat(scale))
-        slope, offset, d_weight, d_bias, *more = sums
-        d_scale, d_shift = (d[:, :, None, None] for d in more) if more else (None, None)
-        return (
-            _like(x, _compiled(_gradient)(grad, pixels, a, b, slope, offset)),
-            None,
-            d_weight,
-            d_bias,
-            None,
-            d_scale,
-            d_shift,
-        )
+        x, *coefficients, weight, bias, scale = ctx.saved_tensors
+        pixels = _pixels(x)
+        grad = _pixels(grads[0])
+        sums = _compiled(_gradient_sums)(grad, pixels, *coefficients, ctx.groups, weight[:], bias[:], _flat(scale))
+        slope, offset, d_weight, d_bias, *rest = sums
+        d_scale, d_shift = (d[:, :, None, None] for d in rest) if rest else (None, None)
+        a, b, _, _ = coefficients
+        d_x = _like(x, _compiled(_gradient)(grad, pixels, a, b, slope, offset))
+        return d_x, None, d_weight, d_bias, None, d_scale, d_shift
 
 
 @cache

@@ -1,13 +1,9 @@
-"""Diagonal Gaussians: KL, the discretized likelihood of 8-bit pixels, and one term of the variational bound."""
+"""Diagonal Gaussians: KL, and the discretized likelihood of 8-bit pixels."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 def mean_flat(x: Tensor) -> Tensor:
@@ -32,20 +28,6 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
     lower = _normal_cdf(inverse_scale * (x - mean - 1 / 255))
     mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
     return mass.clamp(min=1e-12).log()
-
-
-def vlb_bits(
-    x_start: Tensor,
-    t: Tensor,
-    true_mean: Tensor,
-    true_log_variance: Tensor,
-    mean: Tensor,
-    log_variance: Tensor,
-) -> Tensor:
-    """Bound terms [N] in bits/dim: L_{t-1}, the KL from posterior to model, or the decoder's L_0 where t is 0."""
-    kl = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
-    decoder_nll = -mean_flat(discretized_gaussian_log_likelihood(x_start, mean, 0.5 * log_variance))
-    return torch.where(t == 0, decoder_nll, kl) / math.log(2)
 
 
 def _normal_cdf(x: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
-"""The variational bound on the negative log-likelihood, in bits per dimension (IDDPM equations 4 to 7)."""
+"""The variational bound on the negative log-likelihood, in bits per dimension (IDDPM equations 4 to 7).
+
+The model's predicted x_start is clipped to [-1, 1] throughout, as for published bounds.
+"""
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from iddpm.diffusion import Diffusion, Model
-from iddpm.gaussian import discretized_gaussian_log_likelihood, mean_flat, normal_kl, vlb_bits
+from iddpm.diffusion import Diffusion, Model, vlb_bits
+from iddpm.gaussian import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 
 
 class VlbTerm(NamedTuple):
@@ -27,7 +29,7 @@ class Bpd(NamedTuple):
     mse: Tensor  # [N, T]: error of the predicted eps
 
 
-def prior_bpd(diffusion: "Diffusion", x_start: Tensor) -> Tensor:
+def prior_bpd(diffusion: Diffusion, x_start: Tensor) -> Tensor:
     """L_T [N], the KL divergence of q(x_T | x_0) from the standard normal (IDDPM equation 7); close to 0."""
     last = torch.full((len(x_start),), diffusion.num_timesteps - 1, device=x_start.device)
     mean, _, log_variance = diffusion.q_mean_variance(x_start, last)
@@ -36,28 +38,21 @@ def prior_bpd(diffusion: "Diffusion", x_start: Tensor) -> Tensor:
 
 
 def vlb_term(
-    diffusion: "Diffusion",
-    model: "Model",
-    x_start: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    y: Tensor | None = None,
-    clip_denoised: bool = True,
+    diffusion: Diffusion, model: Model, x_start: Tensor, x_t: Tensor, t: Tensor, y: Tensor | None = None
 ) -> VlbTerm:
     """Evaluate the bound's term at each image's timestep t[i], in bits/dim (IDDPM equations 5 and 6)."""
-    true_mean, _, true_log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
-    p = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised)
-    return VlbTerm(vlb_bits(x_start, t, true_mean, true_log_variance, p.mean, p.log_variance), p.pred_xstart)
+    posterior = diffusion.q_posterior_mean_variance(x_start, x_t, t)
+    p = diffusion.p_mean_variance(model, x_t, t, y)
+    return VlbTerm(vlb_bits(x_start, t, posterior, p), p.pred_xstart)
 
 
 @torch.no_grad()
 def exact_bpd(
-    diffusion: "Diffusion",
-    model: "Model",
+    diffusion: Diffusion,
+    model: Model,
     x_start: Tensor,
     noise: Callable[[int], Tensor],
     y: Tensor | None = None,
-    clip_denoised: bool = True,
     timesteps_per_call: int = 16,
 ) -> Bpd:
     """Compute the full bound of x_start ([N, C, H, W] in [-1, 1], 8-bit pixels), evaluating each timestep once.
@@ -75,10 +70,11 @@ def exact_bpd(
         eps = torch.cat([noise(step) for step in ts])
         x_t = diffusion.q_sample(x_0, t, eps)
         labels = y.repeat(len(ts)) if y is not None else None
-        term = vlb_term(diffusion, model, x_0, x_t, t, labels, clip_denoised)
+        term = vlb_term(diffusion, model, x_0, x_t, t, labels)
         pred_eps = diffusion.eps_from_xstart(x_t, t, term.pred_xstart)
-        squares = (term.pred_xstart - x_0).square(), (pred_eps - eps).square()
-        rows = torch.stack([term.bpd, *map(mean_flat, squares)])  # [3, timesteps x N]
+        xstart_mse = mean_flat((term.pred_xstart - x_0).square())
+        mse = mean_flat((pred_eps - eps).square())
+        rows = torch.stack([term.bpd, xstart_mse, mse])  # [3, timesteps x N]
         columns.append(rows.unflatten(1, (len(ts), n)))
     vb, xstart_mse, mse = torch.cat(columns, dim=1).transpose(1, 2)
     prior = prior_bpd(diffusion, x_start)
@@ -99,18 +95,18 @@ PILOT_UNIFORM = 0.01  # fraction of the probability spread uniformly, to bound t
 def pilot_timesteps(timesteps: int) -> list[int]:
     """The timesteps of 1 .. T-1 at which `pilot_sizes` measures: at most 80, dense where t is small."""
     last = timesteps - 1
-    wanted = [round(last ** (i / 47)) for i in range(48)] + [round(1 + (last - 1) * i / 31) for i in range(32)]
-    return sorted(set(wanted))
+    geometric = {round(last ** (i / 47)) for i in range(48)}
+    even = {round(1 + (last - 1) * i / 31) for i in range(32)}
+    return sorted(geometric | even)
 
 
 @torch.no_grad()
 def pilot_sizes(
-    diffusion: "Diffusion",
-    model: "Model",
+    diffusion: Diffusion,
+    model: Model,
     x_start: Tensor,
     noise: Callable[[Tensor], Tensor],
     y: Tensor | None = None,
-    clip_denoised: bool = True,
 ) -> Tensor:
     """Estimate sqrt(E[L_t^2]) for t = 1 .. T-1 from a few images [N, C, H, W]; returns float64 [T-1] on the CPU.
 
@@ -122,15 +118,17 @@ def pilot_sizes(
     for step in grid:
         t = torch.full((len(x_start),), step, device=x_start.device)
         x_t = diffusion.q_sample(x_start, t, noise(t))
-        bpd = vlb_term(diffusion, model, x_start, x_t, t, y, clip_denoised).bpd
+        bpd = vlb_term(diffusion, model, x_start, x_t, t, y).bpd
         sizes.append(bpd.double().square().mean().sqrt().clamp(min=1e-12))
-    at, log_size = torch.tensor(grid).double().log(), torch.stack(sizes).cpu().log()
-    every = torch.arange(1, diffusion.num_timesteps).double().log()
+    log_size = torch.stack(sizes).cpu().log()
     if len(grid) == 1:
         return log_size.exp()
-    right = torch.searchsorted(at, every).clamp(1, len(grid) - 1)
-    part = (every - at[right - 1]) / (at[right] - at[right - 1])
-    return torch.lerp(log_size[right - 1], log_size[right], part).exp()
+    log_grid = torch.tensor(grid).double().log()
+    log_t = torch.arange(1, diffusion.num_timesteps).double().log()
+    right = torch.searchsorted(log_grid, log_t).clamp(1, len(grid) - 1)
+    left = right - 1
+    weight = (log_t - log_grid[left]) / (log_grid[right] - log_grid[left])
+    return torch.lerp(log_size[left], log_size[right], weight).exp()
 
 
 def pilot_distribution(sizes: Tensor) -> Tensor:
@@ -151,15 +149,14 @@ def systematic_timesteps(probabilities: Tensor, u: Tensor, draws: int) -> Tensor
 
 @torch.no_grad()
 def sampled_bpd(
-    diffusion: "Diffusion",
-    model: "Model",
+    diffusion: Diffusion,
+    model: Model,
     x_start: Tensor,
     noise: Callable[[Tensor, Tensor], Tensor],
     u: Tensor,
     probabilities: Tensor,
     draws: int = 16,
     y: Tensor | None = None,
-    clip_denoised: bool = True,
 ) -> SampledBpd:
     """Estimate the bound of x_start [N, C, H, W] from draws + 1 network evaluations per image instead of T.
 
@@ -174,10 +171,11 @@ def sampled_bpd(
     i = torch.arange(n, device=device).repeat_interleave(draws + 1)
     x_0 = x_start[i]
     x_t = diffusion.q_sample(x_0, t, noise(i, t))
-    bpd = vlb_term(diffusion, model, x_0, x_t, t, y[i] if y is not None else None, clip_denoised).bpd
-    terms = bpd.double().view(n, draws + 1)
+    labels = y[i] if y is not None else None
+    terms = vlb_term(diffusion, model, x_0, x_t, t, labels).bpd.double().view(n, draws + 1)
     weights = (1 / (draws * probabilities[chosen - 1])).to(device)
-    prior, decoder = prior_bpd(diffusion, x_start).double(), terms[:, 0]
+    prior = prior_bpd(diffusion, x_start).double()
+    decoder = terms[:, 0]
     return SampledBpd(prior + decoder + (terms[:, 1:] * weights).sum(1), prior, decoder)
 
 
@@ -193,12 +191,11 @@ class JumpCosts(NamedTuple):
 
 @torch.no_grad()
 def jump_costs(
-    diffusion: "Diffusion",
-    model: "Model",
+    diffusion: Diffusion,
+    model: Model,
     x_start: Tensor,
     noise: Callable[[int], Tensor],
     y: Tensor | None = None,
-    clip_denoised: bool = True,
 ) -> JumpCosts:
     """Compute the costs of all steps between timesteps, with T network evaluations per image.
 
@@ -211,19 +208,22 @@ def jump_costs(
     for step in range(steps):
         t = torch.full((len(x_start),), step, device=device)
         noisy.append(diffusion.q_sample(x_start, t, noise(step)))
-        outputs.append(diffusion.output(model, noisy[-1], t, y))
+        outputs.append(diffusion.output(model, noisy[step], t, y))
         if step == 0:
             continue
-        jumps, landings = diffusion.jumps_from(step), diffusion.landings_before(step)
+        jumps = diffusion.jumps_from(step)
+        landings = diffusion.landings_before(step)
         s = torch.arange(step, device=device)
         sums = torch.zeros(2, step, dtype=torch.float64, device=device)
         for i in range(len(x_start)):
-            x_0, x_t = (x[i].expand(step, -1, -1, -1) for x in (x_start, noisy[-1]))
-            true = jumps.q_posterior_mean_variance(x_0, x_t, s)
-            p = jumps.prediction(outputs[-1][i].expand(step, -1, -1, -1), x_t, s, clip_denoised)
-            sums[0] += mean_flat(normal_kl(true.mean, true.log_variance, p.mean, p.log_variance)).double()
-            at_s, output = (torch.stack([row[i] for row in rows[:step]]) for rows in (noisy, outputs))
-            p = landings.prediction(output, at_s, s, clip_denoised)
+            x_0, x_t, output = (x[i].expand(step, -1, -1, -1) for x in (x_start, noisy[step], outputs[step]))
+            posterior = jumps.q_posterior_mean_variance(x_0, x_t, s)
+            p = jumps.prediction(output, x_t, s)
+            sums[0] += mean_flat(normal_kl(posterior.mean, posterior.log_variance, p.mean, p.log_variance)).double()
+
+            x_s = torch.stack([x[i] for x in noisy[:step]])
+            output = torch.stack([x[i] for x in outputs[:step]])
+            p = landings.prediction(output, x_s, s)
             sums[1] -= mean_flat(discretized_gaussian_log_likelihood(x_0, p.mean, 0.5 * p.log_variance)).double()
         kl[:step, step], decoder[:step, step] = sums / (len(x_start) * math.log(2))
     return JumpCosts(kl, decoder)

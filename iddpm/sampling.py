@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iddpm.diffusion import Diffusion, Model, at
+from iddpm.diffusion import Diffusion, Model, Prediction, at
 
 
 class Step(NamedTuple):
@@ -33,9 +33,11 @@ def ancestral(
     """
     x = x_T
     for i in reversed(range(diffusion.num_timesteps)):
+        t = _filled(i, x)
+        p = diffusion.p_mean_variance(model, x, t, y, clip_denoised)
         z = noise(i) if i > 0 else torch.zeros_like(x)
-        x, pred_xstart = ancestral_step(model, diffusion, x, _filled(i, x), z, y, clip_denoised)
-        yield Step(i, x, pred_xstart)
+        x = ancestral_step(p, t, z)
+        yield Step(i, x, p.pred_xstart)
 
 
 @torch.no_grad()
@@ -53,12 +55,16 @@ def ddim(
     eta = 0 is deterministic; eta = 1 uses the variance of DDPM's posterior. eta > 0 needs `noise(t)`, as in
     `ancestral`.
     """
-    if eta > 0 and noise is None:
+    if eta == 0:
+        noise = None
+    elif noise is None:
         raise ValueError(f"noise: got None with eta={eta}, expected a function of the timestep; only eta=0 needs none")
     x = x_T
     for i in reversed(range(diffusion.num_timesteps)):
-        z = noise(i) if noise is not None and eta > 0 and i > 0 else torch.zeros_like(x)
-        x, pred_xstart = ddim_step(model, diffusion, x, _filled(i, x), z, eta, y, clip_denoised)
+        t = _filled(i, x)
+        pred_xstart = diffusion.p_mean_variance(model, x, t, y, clip_denoised).pred_xstart
+        z = noise(i) if noise and i > 0 else torch.zeros_like(x)
+        x = ddim_step(diffusion, pred_xstart, x, t, z, eta)
         yield Step(i, x, pred_xstart)
 
 
@@ -75,7 +81,9 @@ def ddim_invert(
     x = diffusion.q_sample(x_0, t, diffusion.eps_from_xstart(x_0, t, pred_xstart))
     yield Step(0, x, pred_xstart)
     for i in range(diffusion.num_timesteps - 1):
-        x, pred_xstart = ddim_invert_step(model, diffusion, x, _filled(i, x), y, clip_denoised)
+        t = _filled(i, x)
+        pred_xstart = diffusion.p_mean_variance(model, x, t, y, clip_denoised).pred_xstart
+        x = ddim_invert_step(diffusion, pred_xstart, x, t)
         yield Step(i + 1, x, pred_xstart)
 
 
@@ -86,66 +94,40 @@ def final(steps: Iterable[Step]) -> Tensor:
     return last.x
 
 
-def ancestral_step(
-    model: Model,
-    diffusion: Diffusion,
-    x_t: Tensor,
-    t: Tensor,
-    z: Tensor,
-    y: Tensor | None = None,
-    clip_denoised: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Return x_{t-1} and pred_xstart, each image at its own timestep t (int64 [N]); z is ignored where t is 0."""
-    p = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised)
-    noisy = (t > 0).to(x_t.dtype).view(-1, 1, 1, 1)
-    return p.mean + noisy * (0.5 * p.log_variance).exp() * z, p.pred_xstart
+def ancestral_step(p: Prediction, t: Tensor, z: Tensor) -> Tensor:
+    """Return x_{t-1} of each image's prediction at its own timestep t (int64 [N]); z is ignored where t is 0."""
+    noisy = (t > 0).to(z.dtype).view(-1, 1, 1, 1)
+    sigma = (0.5 * p.log_variance).exp()
+    return p.mean + noisy * sigma * z
 
 
-def ddim_step(
-    model: Model,
-    diffusion: Diffusion,
-    x_t: Tensor,
-    t: Tensor,
-    z: Tensor,
-    eta: float = 0.0,
-    y: Tensor | None = None,
-    clip_denoised: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Return x_{t-1} and pred_xstart by DDIM equations 12 and 16; sigma is 0 at t = 0."""
-    pred_xstart = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised).pred_xstart
+def ddim_step(diffusion: Diffusion, pred_xstart: Tensor, x_t: Tensor, t: Tensor, z: Tensor, eta: float = 0.0) -> Tensor:
+    """Return x_{t-1} by DDIM equations 12 and 16; sigma is 0 at t = 0."""
     eps = diffusion.eps_from_xstart(x_t, t, pred_xstart)  # consistent with the clipped x_start
     ac, ac_prev = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
     variance = eta**2 * (1 - ac_prev) / (1 - ac) * (1 - ac / ac_prev)
     direction = (1 - ac_prev - variance).clamp(min=0).sqrt()  # 0 at t = 0, up to rounding
     mean = at(ac_prev.sqrt(), t, x_t) * pred_xstart + at(direction, t, x_t) * eps
-    return mean + at(variance.sqrt(), t, x_t) * z, pred_xstart
+    return mean + at(variance.sqrt(), t, x_t) * z
 
 
-def ddim_invert_step(
-    model: Model,
-    diffusion: Diffusion,
-    x_t: Tensor,
-    t: Tensor,
-    y: Tensor | None = None,
-    clip_denoised: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Return x_{t+1} and pred_xstart by an Euler step of DDIM equation 14. Past the last timestep is pure noise."""
-    pred_xstart = diffusion.p_mean_variance(model, x_t, t, y, clip_denoised).pred_xstart
+def ddim_invert_step(diffusion: Diffusion, pred_xstart: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Return x_{t+1} by an Euler step of DDIM equation 14. Past the last timestep is pure noise."""
     eps = diffusion.eps_from_xstart(x_t, t, pred_xstart)
     ac_next = diffusion.alphas_cumprod_next
-    return at(ac_next.sqrt(), t, x_t) * pred_xstart + at((1 - ac_next).sqrt(), t, x_t) * eps, pred_xstart
+    signal = at(ac_next.sqrt(), t, x_t)
+    sigma = at((1 - ac_next).sqrt(), t, x_t)
+    return signal * pred_xstart + sigma * eps
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """Interpolate spherically from a (weight 0) to b (weight 1), both [N, ...], per image (DDIM appendix D.5)."""
-    flat_a, flat_b = a.flatten(1), b.flatten(1)
-    cosine = torch.cosine_similarity(flat_a, flat_b).clamp(-1, 1)
+    cosine = torch.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)
     angle = cosine.acos().view(-1, *[1] * (a.dim() - 1))
-    # If a and b are parallel, the great circle is undefined: interpolate linearly.
-    parallel = angle.sin() < 1e-4
-    sine = torch.where(parallel, torch.ones_like(angle), angle.sin())
+    sine = angle.sin()
     along = (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / sine
-    return torch.where(parallel, torch.lerp(a, b, weight), along)
+    # If a and b are parallel, the great circle is undefined: interpolate linearly.
+    return torch.where(sine < 1e-4, torch.lerp(a, b, weight), along)
 
 
 def _filled(t: int, x: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ def make_betas(schedule: Schedule, timesteps: int) -> Tensor:
     s = 0.008, each beta clipped to 0.999.
     """
     if schedule == "linear":
-        first, last = 1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps
-        return first + torch.arange(timesteps, dtype=torch.float64) * ((last - first) / (timesteps - 1))
+        first = 1e-4 * 1000 / timesteps
+        last = 0.02 * 1000 / timesteps
+        step = (last - first) / (timesteps - 1)
+        return first + torch.arange(timesteps, dtype=torch.float64) * step
     bar = [math.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(timesteps + 1)]
     betas = [min(1 - after / before, 0.999) for before, after in pairwise(bar)]
     return torch.tensor(betas, dtype=torch.float64)
@@ -38,22 +40,24 @@ def respace(timesteps: int, spec: str) -> list[int]:
         raise ValueError(f'timesteps to keep: got {spec!r}, expected a spec like "250", "10,15,20" or "ddim50"')
     counts = [int(field) for field in fields]
     if by_stride:
-        for step in range(1, timesteps + 1):
-            if len(range(0, timesteps, step)) == counts[0]:
-                return list(range(0, timesteps, step))
+        for stride in range(1, timesteps + 1):
+            kept = list(range(0, timesteps, stride))
+            if len(kept) == counts[0]:
+                return kept
         raise ValueError(
             f"timesteps to keep: got {spec!r}, but no integer stride selects {counts[0]} of {timesteps} "
             f'timesteps; use "{counts[0]}" to space them evenly'
         )
-    kept: list[int] = []
+    kept = []
     start = 0
     size, longer = divmod(timesteps, len(counts))
     for section, count in enumerate(counts):
         length = size + (section < longer)
         if count > length:
             raise ValueError(f"timesteps to keep: got {spec!r}, but section {section + 1} has only {length} timesteps")
-        stride = (length - 1) / (count - 1) if count > 1 else 0.0
+        spacing = (length - 1) / (count - 1) if count > 1 else 0.0
         # A running sum, not a product: they round halves differently, and published numbers use the sum.
-        kept += [start + round(p) for p in accumulate(repeat(stride, count - 1), initial=0.0)]
+        places = accumulate(repeat(spacing, count - 1), initial=0.0)
+        kept += [start + round(place) for place in places]
         start += length
     return kept

@@ -114,6 +114,4 @@ def make_sampler(
     """Return the named sampler over timesteps 0 .. num_timesteps - 1."""
     if name == "uniform":
         return UniformSampler(num_timesteps)
-    if name == "loss-second-moment":
-        return LossSecondMomentSampler(num_timesteps, device=device)
-    raise ValueError(f"timestep sampler: got {name!r}, expected uniform or loss-second-moment")
+    return LossSecondMomentSampler(num_timesteps, device=device)

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import InputError, UserError
+from pipeline.cli import errors_exit
+from pipeline.errors import InputError
 from pipeline.run.journal import journal_of, run_name
 from pipeline.storage.store import Store
 
@@ -46,7 +47,5 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, help="PNG file to write")
     parser.add_argument("runs", nargs="+", help="training runs: their --out, folders or URLs")
     args = parser.parse_args()
-    try:
+    with errors_exit():
         draw(args.runs, args.out)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None

@@ -24,13 +24,13 @@ from iddpm.noise import normal, stream_key, uniform
 from iddpm.sampling import ddim, final, slerp
 from iddpm.schedule import respace
 from iddpm.timesteps import LossSecondMomentSampler, TimestepSampler, UniformSampler
-from pipeline.cli import parse_flags
+from pipeline.cli import errors_exit, parse_flags
 from pipeline.data.cache import Cache
 from pipeline.data.shards import ShardIndex, load_index
 from pipeline.data.stream import Reader
 from pipeline.distributed.world import World, pick_device
 from pipeline.drawing import Recipe, draw_batches
-from pipeline.errors import InputError, UserError
+from pipeline.errors import InputError
 from pipeline.evaluation.features import Features, trained_features
 from pipeline.evaluation.image_quality import Reference, dataset_reference, frechet_distance, moments_of
 from pipeline.evaluation.measured import NORMAL_95
@@ -454,10 +454,8 @@ def main(config: FiguresConfig) -> None:
 
 def run(argv: Sequence[str]) -> None:
     config = parse_flags(FiguresConfig, argv, FiguresConfig.__doc__ or "")
-    try:
+    with errors_exit():
         main(config)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

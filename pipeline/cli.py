@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -10,7 +11,8 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 import yaml
 
-from pipeline.config import TrainConfig, _flag, flatten
+from iddpm.bounds import as_flag
+from pipeline.config import TrainConfig, flatten
 from pipeline.errors import InputError, UserError
 from pipeline.presets import PRESETS
 
@@ -26,13 +28,14 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     parser.add_argument("--preset", choices=PRESETS, default="digits")
     parser.add_argument("--config")
     parser.add_argument("--dry-run", action="store_true")
-    own, rest = parser.parse_known_args(argv)
-    try:
-        flags = [*(file_flags(own.config) if own.config else []), *rest]
-    except UserError as error:
-        fail_usage(error)
-    description = _description(own.preset, list(PRESETS))
-    return parse_flags(TrainConfig, flags, description, PRESETS[own.preset]), own.dry_run
+    options, flags = parser.parse_known_args(argv)
+    if options.config:
+        try:
+            flags = file_flags(options.config) + flags
+        except UserError as error:
+            fail_usage(error)
+    config = parse_flags(TrainConfig, flags, _description(options.preset), PRESETS[options.preset])
+    return config, options.dry_run
 
 
 def parse_flags(kind: type[T], argv: Sequence[str], description: str, default: T | None = None) -> T:
@@ -41,26 +44,20 @@ def parse_flags(kind: type[T], argv: Sequence[str], description: str, default: T
     return tyro.cli(kind, args=list(argv), description=description, prog=_program(), **defaults)
 
 
-def _program() -> str | None:
-    """Return the command that started the program, for its messages."""
-    spec = sys.modules["__main__"].__spec__
-    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
-
-
 def fail_usage(error: Exception) -> NoReturn:
+    """Print an error in what the user typed, and exit with status 2."""
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def _description(preset: str, presets: list[str]) -> str:
-    return (
-        "Train an Improved DDPM, on one machine or under torchrun, mpirun, srun or Ray.\n\n"
-        f"--preset NAME chooses the defaults: {', '.join(presets)} (shown below: {preset}). "
-        "--config FILE.yaml overrides them, and flags override both. "
-        "--dry-run prints the resolved configuration, its parameters, FLOPs and memory, and starts nothing. "
-        "Running the same command again resumes the run. "
-        "Exit status: 0 finished, 75 interrupted by a signal and checkpointed (run again), 1 failed, 2 bad usage."
-    )
+@contextmanager
+def errors_exit() -> Iterator[None]:
+    """Print an error that is for the user, and exit with status 1; any other gets its traceback."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def flags_of(config: TrainConfig) -> list[str]:
@@ -95,12 +92,30 @@ def to_flags(fields: dict[str, Any]) -> list[str]:
     """Convert fields by dotted name to flags."""
     flags = []
     for name, value in fields.items():
-        flags += _as_flag(name.removeprefix("launch."), value)
+        flags += _as_words(name.removeprefix("launch."), value)
     return flags
 
 
-def _as_flag(name: str, value: Any) -> list[str]:
+def _as_words(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
-        head, _, last = name.rpartition(".")
-        return [f"--{head + '.' if head else ''}{'' if value else 'no-'}{_flag(last)}"]
-    return [f"--{_flag(name)}", *(str(v) for v in (value if isinstance(value, list | tuple) else [value]))]
+        section, dot, last = name.rpartition(".")
+        return [as_flag(f"{section}{dot}{'' if value else 'no-'}{last}")]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [as_flag(name), *map(str, values)]
+
+
+def _program() -> str | None:
+    """Return the command that started the program, for its messages."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+
+
+def _description(preset: str) -> str:
+    return (
+        "Train an Improved DDPM, on one machine or under torchrun, mpirun, srun or Ray.\n\n"
+        f"--preset NAME chooses the defaults: {', '.join(PRESETS)} (shown below: {preset}). "
+        "--config FILE.yaml overrides them, and flags override both. "
+        "--dry-run prints the resolved configuration, its parameters, FLOPs and memory, and starts nothing. "
+        "Running the same command again resumes the run. "
+        "Exit status: 0 finished, 75 interrupted by a signal and checkpointed (run again), 1 failed, 2 bad usage."
+    )

@@ -9,9 +9,9 @@ import uuid
 import torch
 
 from iddpm.openai import load_published
-from pipeline.cli import fail_usage, parse_train
+from pipeline.cli import errors_exit, fail_usage, parse_train
 from pipeline.config import TrainConfig, record
-from pipeline.errors import InputError, UserError
+from pipeline.errors import InputError
 from pipeline.model import ema_part
 from pipeline.run.checkpoint import Checkpoints, Parts
 from pipeline.storage.store import Store
@@ -29,7 +29,10 @@ def convert(path: str, config: TrainConfig) -> None:
 
     Raises InputError if they do not fit the model, or if the run already has a checkpoint.
     """
-    weights = load_published(path, config.model, config.out_channels)
+    try:
+        weights = load_published(path, config.model, config.out_channels)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     run = Store(config.out, config.storage)
     run.check(write=True, once=True)
@@ -60,10 +63,8 @@ def main(argv: list[str]) -> None:
     config, dry_run = parse_train(argv[2:])
     if dry_run:
         fail_usage(InputError("--dry-run: not supported by pipeline.convert"))
-    try:
+    with errors_exit():
         convert(argv[1], config)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

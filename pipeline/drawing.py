@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from iddpm.bounds import Bound, Count, check_bounds
 from iddpm.config import DiffusionConfig
 from iddpm.diffusion import Diffusion
 from iddpm.noise import normal, stream_key
@@ -26,15 +27,12 @@ class Recipe:
     """How to draw images; together with a model's weights, it determines each image."""
 
     sampler: Literal["ancestral", "ddim"]
-    steps: int
-    eta: float
+    steps: Count
+    eta: Annotated[float, Bound(lambda eta: 0 <= eta <= 1, "0 to 1")]
     seed: int
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"--steps: got {self.steps}, expected 1 or more")
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"--eta: got {self.eta}, expected 0 to 1")
+        check_bounds(self, error=InputError)
         if self.eta and self.sampler != "ddim":
             raise InputError(f"--eta: got {self.eta}, which only --sampler ddim supports")
 

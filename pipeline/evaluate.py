@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from iddpm.bounds import Count, Limit, check_bounds
 from pipeline.cli import parse_flags
 from pipeline.config import LaunchConfig, TrackingConfig, TrainConfig, check_metrics, record
 from pipeline.data.cache import Cache
@@ -68,15 +69,15 @@ class EvaluateConfig:
     data: str | None = None
     """Folder or URL of the shards; default: the run's --data.url."""
 
-    images: int = 1024
+    images: Count = 1024
     """nll: maximum number of images, chosen at random from the split."""
     split: str = "val"
     """nll: split to evaluate on."""
     exact: bool = False
     """nll: compute all T terms of the bound, with T network evaluations per image, instead of sampling them."""
-    draws: int = 16
+    draws: Count = 16
     """nll: timesteps to draw per image."""
-    target_se: float | None = None
+    target_se: Limit | None = None
     """nll: stop once the standard error (with --against, of the difference) is this small, in bits/dim."""
     chain: str | None = None
     """nll: bound of a chain of this many evenly spaced steps, e.g. 25, or of the best steps, by dynamic programming,
@@ -85,22 +86,22 @@ class EvaluateConfig:
     """nll: compare with this run (its newest checkpoint, or --against-step) on the same images, timesteps and noise."""
     against_step: int | None = None
     """nll: step of the checkpoint to compare with; without --against, of the same run."""
-    images_per_call: int = 16
+    images_per_call: Count = 16
     """nll: images per forward pass, each at draws + 1 timesteps, or with --exact at `timesteps_per_call`."""
-    timesteps_per_call: int = 32
+    timesteps_per_call: Count = 32
     """nll: timesteps of each image per forward pass with --exact."""
     out: str | None = None
     """nll: with --exact or --chain, write the terms by timestep to this CSV file."""
 
-    samples: int = 10_000
+    samples: Count = 10_000
     """image metrics: images to draw. Values for different numbers of images are not comparable; IDDPM uses 50,000."""
     sampler: Literal["ancestral", "ddim"] = "ancestral"
     """image metrics: IDDPM's own sampler, or DDIM."""
-    steps: int | None = None
+    steps: Count | None = None
     """image metrics: steps of the strided chain; default: the run's --sample-steps."""
     eta: float = 0.0
     """image metrics: DDIM's η, 0 to 1."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """image metrics: images drawn at a time."""
     features: str = "inception"
     """image metrics: inception; `trained`, a small network trained on the data's labels, whose metrics are named after
@@ -112,7 +113,7 @@ class EvaluateConfig:
     reference: str | None = None
     """image metrics: path or URL of a reference batch of the guided-diffusion evaluator (.npz), instead of the
     training images."""
-    neighbours: int = 3
+    neighbours: Count = 3
     """precision, recall: neighbours k (IDDPM uses 5)."""
 
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -120,9 +121,7 @@ class EvaluateConfig:
     launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        for name in ("images", "images_per_call", "timesteps_per_call", "samples", "batch_size", "neighbours"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')}: got {getattr(self, name)}, expected 1 or more")
+        check_bounds(self, error=InputError)
         Recipe(self.sampler, 1 if self.steps is None else self.steps, self.eta, self.seed)
         self.wanted  # noqa: B018  # raises if invalid
         if self.out and not (self.exact or self.chain):
@@ -131,7 +130,7 @@ class EvaluateConfig:
             raise InputError(
                 f"--metrics is: needs a classifier, got --features {self.features}; use inception or trained"
             )
-        if self.wanted & {"precision", "recall"} and self.neighbours >= self.samples:
+        if {"precision", "recall"}.intersection(self.wanted) and self.neighbours >= self.samples:
             raise InputError(f"--neighbours: got {self.neighbours}, expected less than --samples = {self.samples}")
         self.plan  # noqa: B018  # raises if invalid
         if (self.against or self.against_step is not None) and self.plan.best:
@@ -139,9 +138,15 @@ class EvaluateConfig:
                 "--chain best…: is optimised for one model; it cannot be combined with --against or --against-step"
             )
 
-    @property
-    def wanted(self) -> set[str]:
+    @cached_property
+    def wanted(self) -> tuple[str, ...]:
+        """The metrics of --metrics."""
         return check_metrics(self.metrics, "--metrics")
+
+    @property
+    def image_metrics(self) -> tuple[str, ...]:
+        """The wanted metrics of generated images."""
+        return tuple(name for name in self.wanted if name != "nll")
 
     @property
     def plan(self) -> NllPlan:
@@ -159,7 +164,7 @@ class EvaluateConfig:
     def evaluations(self, run: TrainConfig) -> int:
         """Return the maximum number of forward passes of one image to evaluate one checkpoint of such a run."""
         nll = self.plan.evaluations(run.diffusion.timesteps) if "nll" in self.wanted else 0
-        return nll + (self.samples * (self.steps or run.sample_steps) if self.wanted - {"nll"} else 0)
+        return nll + (self.samples * (self.steps or run.sample_steps) if self.image_metrics else 0)
 
 
 def main(config: EvaluateConfig, world: World) -> None:
@@ -190,7 +195,7 @@ def measure(
     trained = models[0].config
     cache = Cache.of(trained.data)
     tools = None
-    if config.wanted - {"nll"}:  # first, so that a missing input is reported before anything is measured
+    if config.image_metrics:  # first, so that a missing input is reported before anything is measured
         recipe, index, features = image_tools(config, trained, data, world)
         reference = _reference(config, data, index, features, cache, world)
         tools = recipe, features, reference
@@ -261,7 +266,7 @@ def _image_metrics(
     blocks.extend(math.ceil(config.samples / config.batch_size), draw, progress="sampling" if run else None)
 
     def finish() -> dict[str, tuple[float, dict[str, Any]]]:
-        values = image_metrics(blocks.found, reference, features, config.wanted - {"nll"}, config.neighbours)
+        values = image_metrics(blocks.found, reference, features, config.image_metrics, config.neighbours)
         blocks.delete()  # about 12 KB per image
         return values
 
@@ -279,7 +284,7 @@ def real_floor(config: EvaluateConfig, run: TrainConfig, data: Store, world: Wor
     the reference. The passport says which. Raises InputError if there are too few. For a single process.
     """
     cache = Cache.of(run.data)
-    wanted = config.wanted - {"nll"}
+    wanted = set(config.image_metrics)
     if not wanted:
         return []
     _, index, features = image_tools(config, run, data, world)
@@ -305,7 +310,7 @@ def _reference(
 ) -> Reference:
     if config.reference:
         reference = npz_reference(config.reference, config.storage, features, world)
-        if reference.images is None and (near := config.wanted & NEAR):
+        if reference.images is None and (near := NEAR.intersection(config.wanted)):
             raise InputError(f"{', '.join(sorted(near))}: need real images; the reference has only moments")
         return reference
     assert index, "image_tools has it"

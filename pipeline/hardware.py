@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from iddpm.flops import FORWARDS_PER_STEP, count_parameters, forward_flops
+from iddpm.flops import FORWARDS_PER_STEP, count_parameters, forward_flops, one_image
 from iddpm.unet import UNet
 from pipeline.config import TrainConfig
 
@@ -19,14 +19,18 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """Measure the peak FLOP/s in this precision, relative to which utilisation is given: that of a large matrix product
     or a 3x3 convolution, whichever is faster here (libraries differ).
     """
-    gpu = device.type == "cuda"
-    n, (images, channels, size) = (8192, (16, 512, 64)) if gpu else (1024, (8, 128, 32))
+    if device.type == "cuda":
+        n, images, channels, size = 8192, 16, 512, 64
+    else:
+        n, images, channels, size = 1024, 8, 128, 32
 
     def random(*shape: int) -> torch.Tensor:
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         return torch.randn(shape, device=device).to(DTYPES[precision], memory_format=layout)
 
-    a, x, w = random(n, n), random(images, channels, size, size), random(channels, channels, 3, 3)
+    a = random(n, n)
+    x = random(images, channels, size, size)
+    w = random(channels, channels, 3, 3)
     works: list[tuple[int, Callable[[], object]]] = [
         (2 * n**3, lambda: a @ a),
         (2 * 9 * channels**2 * images * size**2, lambda: F.conv2d(x, w, padding=1)),
@@ -48,44 +52,49 @@ def memory_bytes(config: TrainConfig, share: int) -> dict[str, int]:
     allocator fragmentation, convolution workspaces and DDP's buckets.
     """
     with torch.device("meta"):
-        model = UNet(config.model, config.out_channels)
-        model.to(DTYPES[config.precision])
+        model = UNet(config.model, config.out_channels).to(DTYPES[config.precision])
         if config.launch.compile:
             model.fuse()
-        count = sum(p.numel() for p in model.parameters())
-        weights = count * (8 if config.precision == "fp64" else 4)
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
-        sizes: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.untyped_storage()._cdata not in own:
-                sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        image = torch.empty(1, config.model.in_channels, config.model.image_size, config.model.image_size)
-        label = torch.empty(1, dtype=torch.int64) if config.model.num_classes is not None else None
-        stages: list[list[int]] = []  # per stage: bytes of its input, and of all tensors saved before it
-
-        def enter(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            stages.append([inputs[0].nbytes, sum(sizes.values())])
-
-        for stage in (*model.input_blocks, model.middle_block, *model.output_blocks):
-            stage.register_forward_pre_hook(enter)
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with hooks, torch.compiler.set_stance("force_eager"):  # the fused parts save the same tensors in eager mode
-            output = model(image, torch.empty(1), label)
-        activations = sum(sizes.values())
-        if config.checkpoint_activations:  # all inputs, and one stage at a time
-            saved = [before for _, before in stages] + [activations]
-            activations = sum(size for size, _ in stages) + max(b - a for a, b in pairwise(saved))
-        del output
+        activations = _activation_bytes(model, config.checkpoint_activations)
+    count = sum(p.numel() for p in model.parameters())
+    weights = count * (8 if config.precision == "fp64" else 4)
+    copies = 2 * count if config.precision == "bf16" else 0  # autocast's
     return {
-        "weights": weights + (2 * count if config.precision == "bf16" else 0),  # autocast's copies
+        "weights": weights + copies,
         "gradients": weights,
         "Adam": 2 * weights,
         "EMA": len(config.ema_rates) * weights,
         "activations": activations * share,
     }
+
+
+def _activation_bytes(model: UNet, checkpointed: bool) -> int:
+    """Count the bytes that one image's forward pass saves for the backward pass. To be called on the meta device."""
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved: dict[int, int] = {}  # bytes by storage
+    inputs: list[int] = []  # bytes of each stage's input
+    before: list[int] = []  # bytes saved before each stage
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def enter(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(arguments[0].nbytes)
+        before.append(sum(saved.values()))
+
+    for stage in (*model.input_blocks, model.middle_block, *model.output_blocks):
+        stage.register_forward_pre_hook(enter)
+    hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
+    with hooks, torch.compiler.set_stance("force_eager"):  # the fused parts save the same tensors in eager mode
+        model(*one_image(model.config))
+    total = sum(saved.values())
+    if not checkpointed:
+        return total
+    stages = [end - start for start, end in pairwise([*before, total])]
+    return sum(inputs) + max(stages)  # all inputs, and one stage at a time
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pipeline.config import TrainConfig, check_metrics, horizon_steps
+from pipeline.config import TrainConfig, horizon_steps
 from pipeline.data.cache import Cache
 from pipeline.data.shards import ShardIndex, load_index
 from pipeline.data.stream import Batch, finished_epochs, stream, sum_digests
@@ -111,10 +111,9 @@ def _load_data(config: TrainConfig, data: Store, world: World) -> ShardIndex:
     """Load the dataset's index. Raises InputError if dataset, model and evaluation do not fit together."""
     index = load_index(data, "train")
     if config.eval_every:  # report what cannot be measured before hours of training
-        metrics = check_metrics(config.eval_metrics, "--eval-metrics")
-        if "nll" in metrics:
+        if "nll" in config.metrics:
             load_index(data, "val")
-        if metrics - {"nll"} and index.num_classes < 2:
+        if config.metrics != ("nll",) and index.num_classes < 2:
             raise InputError(
                 f"--eval-metrics: got {config.eval_metrics}, expected nll: the data have no class labels, on which the"
                 " network for image metrics is trained; use pipeline.evaluate for the others"

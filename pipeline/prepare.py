@@ -17,10 +17,11 @@ from typing import Annotated
 
 import tyro
 
+from iddpm.bounds import Count, Fraction
+from pipeline.cli import errors_exit
 from pipeline.config import TrainConfig
 from pipeline.data.sources import digits, folder, imagenet64
 from pipeline.data.writing import Output, card, verify, write_split
-from pipeline.errors import InputError, UserError
 from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
 
@@ -29,7 +30,7 @@ from pipeline.storage.store import Store
 class Digits(Output):
     """scikit-learn's 1,797 handwritten digits, 8x8 grey, 10 classes: about 80 % train, the rest val."""
 
-    shard_size: int = 256
+    shard_size: Count = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +56,12 @@ class Folder(Output):
 
     source: Path
     """Directory of images."""
-    size: int
+    size: Count
     """Height and width to write, in pixels."""
     grey: bool = False
     """Write one channel instead of RGB."""
-    val_fraction: float = 0.05
+    val_fraction: Fraction = 0.05
     """Fraction of the images that become the val split; 0: none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.size < 1:
-            raise InputError(f"size: got {self.size}, expected at least 1 pixel")
-        if not 0 <= self.val_fraction < 1:
-            raise InputError(f"val_fraction: got {self.val_fraction}, expected 0 <= fraction < 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,17 +100,17 @@ def prepare(options: Digits | ImageNet64 | Folder) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = ["verify" if a == "--verify" else a for a in (sys.argv[1:] if arguments is None else arguments)]
-    try:
-        options = tyro.cli(
-            Annotated[Digits, tyro.conf.subcommand("digits")]
-            | Annotated[ImageNet64, tyro.conf.subcommand("imagenet64")]
-            | Annotated[Folder, tyro.conf.subcommand("folder")]
-            | Annotated[Verify, tyro.conf.subcommand("verify")],
-            prog="python -m pipeline.prepare",
-            description=__doc__,
-            args=given,
-        )
+    words = ["verify" if a == "--verify" else a for a in (sys.argv[1:] if arguments is None else arguments)]
+    options = tyro.cli(
+        Annotated[Digits, tyro.conf.subcommand("digits")]
+        | Annotated[ImageNet64, tyro.conf.subcommand("imagenet64")]
+        | Annotated[Folder, tyro.conf.subcommand("folder")]
+        | Annotated[Verify, tyro.conf.subcommand("verify")],
+        prog="python -m pipeline.prepare",
+        description=__doc__,
+        args=words,
+    )
+    with errors_exit():
         if not isinstance(options, Verify):
             prepare(options)
             return 0
@@ -125,16 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {line}", file=sys.stderr)
         print("all hashes match" if not lines else "run the same pipeline.prepare command again to repair it")
         return 1 if lines else 0
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
 
 
 def provide_digits(config: TrainConfig) -> None:
     """Prepare the digits, which come with scikit-learn, if a run needs them and they are missing."""
     if config.data.url == "data/digits" and not Path(config.data.url, "val.index.json").exists():  # written last
-        pass
-
         prepare_digits(config.data.url)
 
 

@@ -40,8 +40,6 @@ IMAGENET64 = TrainConfig(
     checkpoint_every=5000,
     keep_every=100_000,
     sample_every=10_000,
-    model=UNetConfig(),
-    diffusion=DiffusionConfig(),
     data=DataConfig(url="data/imagenet64"),
 )
 

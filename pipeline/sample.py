@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from iddpm.bounds import Count, check_bounds
 from pipeline.cli import parse_flags
 from pipeline.config import LaunchConfig
 from pipeline.distributed.world import World
@@ -33,11 +34,11 @@ class SampleConfig:
     out: str = "samples.png"
     """File or URL to write: .png: a grid; .npz: uint8 [N, H, W, C] as arr_0, for evaluators (labels, if any, as arr_1).
     """
-    count: int = 64
+    count: Count = 64
     """Images to draw."""
     sampler: Literal["ancestral", "ddim"] = "ancestral"
     """IDDPM's own sampler, or DDIM, which is better below about 50 steps."""
-    steps: int | None = None
+    steps: Count | None = None
     """Steps of the strided chain; default: the run's --sample-steps."""
     eta: float = 0.0
     """DDIM's η: 0 is deterministic, 1 has the posterior's variance."""
@@ -45,7 +46,7 @@ class SampleConfig:
     """Classes to cycle through, for a class-conditional model; default: all."""
     seed: int = 0
     """Random seed; image i depends only on the seed and i."""
-    progressive: int | None = None
+    progressive: Count | None = None
     """Show each image as a row of this many intermediate predictions of x_0."""
     between: tuple[str, str] | None = None
     """Interpolate with DDIM, in `count` images, between two seeds, e.g. `--between 3 7`, or two PNG files."""
@@ -53,16 +54,13 @@ class SampleConfig:
     """Decay rate of the moving average to use; default: the run's first; 0: the weights themselves."""
     step: int | None = None
     """Training step of the checkpoint; default: the newest."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images drawn at a time."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     launch: Annotated[LaunchConfig, tyro.conf.arg(name="")] = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        for name in ("count", "batch_size", "progressive", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')}: got {value}, expected 1 or more")
+        check_bounds(self, error=InputError)
         if not self.out.endswith((".png", ".npz")):
             raise InputError(f"--out: got {self.out!r}, expected a name ending in .png or .npz")
         if self.between and (self.progressive or self.eta):

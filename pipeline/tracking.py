@@ -6,9 +6,9 @@ import sys
 
 import tyro
 
-from pipeline.cli import parse_flags
+from pipeline.cli import errors_exit, parse_flags
 from pipeline.config import TrackingConfig
-from pipeline.errors import InputError, UserError
+from pipeline.errors import InputError
 from pipeline.run.journal import JOURNAL, fetch_journal, journal_dir, read_journal
 from pipeline.run.mlflow import Shipper
 from pipeline.storage.backends import StorageConfig
@@ -30,7 +30,7 @@ class ShipConfig:
 
 def main() -> None:
     config = parse_flags(ShipConfig, sys.argv[1:], ShipConfig.__doc__ or "")
-    try:
+    with errors_exit():
         run = Store(config.run, config.storage)
         folder = journal_dir(run)
         if run.local is None:
@@ -42,9 +42,10 @@ def main() -> None:
                         picture.write_bytes(run.read(record["file"]))
         if not (folder / JOURNAL).exists():
             raise InputError(f"{run}: got no {JOURNAL}, expected the --out of a run")
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    shipper = Shipper(folder, TrackingConfig(uri=config.uri, flush_s=config.wait_s))
+        uri = TrackingConfig(uri=config.uri).mlflow_uri
+        if uri is None:
+            raise InputError("--uri: got none, here or in $MLFLOW_TRACKING_URI, expected where to send the history")
+    shipper = Shipper(folder, uri, config.wait_s)
     shipper.close()
     raise SystemExit(0 if shipper.done else 1)
 

@@ -11,7 +11,6 @@ from pipeline.run.interrupted import INTERRUPTED_STATUS
 
 if TYPE_CHECKING:
     from pipeline.distributed.world import World
-from pipeline.prepare import provide_digits
 
 
 def main(argv: list[str]) -> None:
@@ -30,6 +29,7 @@ def run(config: TrainConfig, world: "World") -> int:
     world.catch_signals()
     from pipeline.distributed.ray import report
     from pipeline.loop import train
+    from pipeline.prepare import provide_digits
 
     ray = world.launcher == "ray"
     if ray and "/working_dir_files/" in str(Path(config.out).absolute()) and "://" not in config.out:

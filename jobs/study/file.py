@@ -8,10 +8,11 @@ from functools import cache, cached_property
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from iddpm.bounds import NOT_EMPTY, Count, Positive, as_flag, check_bounds
 from pipeline.cli import fail_usage, file_fields, flags_of, parse_flags, parse_train, to_flags
 from pipeline.config import TrainConfig
 from pipeline.errors import InputError, UserError
@@ -30,16 +31,16 @@ class Study:
 
     name: str
     """Name of the study and of its MLflow experiment; its runs are in runs/NAME unless `out` is given."""
-    values: tuple[str, ...]
+    values: Annotated[tuple[str, ...], NOT_EMPTY]
     """The sizes: values of the axis, each with one or more runs."""
-    budgets: tuple[float, ...]
+    budgets: Annotated[tuple[Positive, ...], NOT_EMPTY]
     """Training FLOPs (forward and backward, 2 per MAC) at which to measure each size. Append later additions: with
     `separate`, a budget's position in the list determines its seeds."""
     axis: str = "model.channels"
     """Field of the network's configuration that `values` sets."""
     preset: str = "digits"
     """Preset of the runs."""
-    seeds: tuple[int, ...] = (1,)
+    seeds: tuple[Count, ...] = (1,)
     """Number of runs, with different seeds, of each value at each budget: one number for all values, or one for each.
     """
     separate: bool = True
@@ -55,10 +56,9 @@ class Study:
     """Flags of pipeline.evaluate, likewise. Allowed metrics: nll, fid and kid, for which lower is better."""
 
     def __post_init__(self) -> None:
-        if not self.values or len(set(self.values)) < len(self.values):
-            raise InputError(f"values: got {self.values}, expected one or more distinct values")
-        if not self.budgets or min(self.budgets) <= 0:
-            raise InputError(f"budgets: got {self.budgets}, expected one or more positive FLOPs")
+        check_bounds(self, error=InputError)
+        if len(set(self.values)) < len(self.values):
+            raise InputError(f"values: got {self.values}, expected distinct values")
         if len({f"{budget:.3g}" for budget in self.budgets}) < len(self.budgets):  # runs are named after them
             raise InputError(f"budgets: got {self.budgets}, expected budgets that differ in their first three digits")
         if not self.separate and list(self.budgets) != sorted(self.budgets):
@@ -73,8 +73,8 @@ class Study:
                 raise InputError(f"{section}: got {', '.join(given)}, which a study sets for each of its runs")
         if "--target-se" in self.evaluate:
             raise InputError("evaluate.target_se: points with different numbers of images are not comparable")
-        if len(self.seeds) not in (1, len(self.values)) or min(self.seeds) < 1:
-            raise InputError(f"seeds: got {self.seeds}, expected one number, or one for each value, all 1 or more")
+        if len(self.seeds) not in (1, len(self.values)):
+            raise InputError(f"seeds: got {self.seeds}, expected one number, or one for each value")
 
     @property
     def folder(self) -> str:
@@ -122,8 +122,7 @@ class Study:
         if list(flags) == list(self.evaluate):
             return True
         recorded, expected = _parse_evaluation(tuple(flags)), _parse_evaluation(self.evaluate)
-        same_metrics = set(recorded.wanted) == set(expected.wanted)
-        return same_metrics and replace(recorded, metrics=expected.metrics) == expected
+        return recorded.wanted == expected.wanted and replace(recorded, metrics=expected.metrics) == expected
 
     @cached_property
     def runs(self) -> "list[Run]":
@@ -144,8 +143,7 @@ class Study:
 
     def _size(self, value: str) -> TrainConfig:
         """Return what all runs of a size have in common."""
-        axis = "--" + self.axis.replace("_", "-")
-        config, _ = parse_train(["--preset", self.preset, *self.train, axis, *value.split()])
+        config, _ = parse_train(["--preset", self.preset, *self.train, as_flag(self.axis), *value.split()])
         return replace(config, lr=self.lr / math.sqrt(config.model.channels / 128))
 
 

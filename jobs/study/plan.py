@@ -2,8 +2,9 @@
 
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from iddpm.bounds import Bound, check_bounds
 from jobs.study.file import OfStudy, Run, Study, load_study
 from jobs.study.points import table
 from pipeline.config import horizon_steps
@@ -27,16 +28,15 @@ class Plan(OfStudy):
 
     hardware: str = "h100"
     """Device: a100, h100, h200, or `here` to measure this machine's peak."""
-    utilisation: float | None = None
+    utilisation: Annotated[float, Bound(lambda x: 0 < x <= 1, "a fraction of the peak, in (0, 1]")] | None = None
     """Fraction of the peak that training reaches; default: 0.3, or with `here` what this study's runs have reached."""
     price: float | None = None
     """USD per device-hour; default: a typical price of the hardware, 0 for `here`."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, error=InputError)
         if self.hardware.lower() not in (*HARDWARE, "here"):
             raise InputError(f"--hardware: got {self.hardware!r}, expected one of {', '.join(HARDWARE)}, here")
-        if self.utilisation is not None and not 0 < self.utilisation <= 1:
-            raise InputError(f"--utilisation: got {self.utilisation}, expected a fraction of the peak, in (0, 1]")
 
 
 def count_sizes(study: Study) -> "dict[str, Cost]":

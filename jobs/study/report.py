@@ -63,7 +63,7 @@ def write_report(study: Study, out: str | None) -> None:
         client.log_artifacts(run_id, str(folder), "report")
         client.set_terminated(run_id)
 
-    if problem := update_parent(study.config.tracking, study.name, study.parent, send):
+    if problem := update_parent(study.config.tracking.mlflow_uri, study.name, study.parent, send):
         print(f"warning: MLflow did not take the report: {problem}")
 
 

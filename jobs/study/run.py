@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from iddpm.bounds import Count, check_bounds
 from jobs.study.file import OfStudy, Run, Study, load_study
 from jobs.study.plan import count_sizes
 from jobs.study.points import measure_point, missing
@@ -33,7 +34,7 @@ class Execute(OfStudy):
 
     launcher: Literal["local", "slurm", "ray"] = "local"
     """local: on this machine; slurm: submit slurm/study.sh as an array; ray: submit a job for each run."""
-    jobs: int = 1
+    jobs: Count = 1
     """Number of simultaneous runs on this machine."""
     only: str | None = None
     """Only one run, by its name or its number from 0, like each task of a Slurm array."""
@@ -41,8 +42,7 @@ class Execute(OfStudy):
     """Prefix for each training command, such as 'srun --mpi=none --kill-on-bad-exit=1'."""
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise InputError(f"--jobs: got {self.jobs}, expected 1 or more")
+        check_bounds(self, error=InputError)
 
 
 def execute(options: Execute) -> int:
@@ -174,9 +174,9 @@ def _prepare(study: Study) -> None:
         options.plan.check(config.diffusion.timesteps)
         if data.local is None or data.local.exists():  # or only the nodes have it
             load_index(data, options.split)
-    if set(options.wanted) != {"nll"}:
+    if options.image_metrics:
         image_tools(options, config, data, World())
-    problem = update_parent(config.tracking, study.name, study.parent, _mark_running)
+    problem = update_parent(config.tracking.mlflow_uri, study.name, study.parent, _mark_running)
     if problem:
         print(f"warning: MLflow does not answer ({problem}); the journals in {study.store} are complete", flush=True)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from iddpm.bounds import Count, check_bounds
 from pipeline.data.shards import Encoding, ShardIndex, damage, index_json, load_index, pack_shard, parse_index
 from pipeline.data.sources import _BAR, Split
 from pipeline.data.stream import permutation
@@ -23,6 +24,8 @@ from pipeline.images import Unreadable
 from pipeline.storage.backends import StorageConfig
 from pipeline.storage.errors import DamagedError, StorageError
 from pipeline.storage.store import Store
+
+THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +36,14 @@ class Output:
     """Seed of the order in which images are written."""
     encoding: Encoding = "raw"
     """raw: decoded pixels, several times faster to read; png: smaller, for larger images."""
-    shard_size: int = 4096
+    shard_size: Count = 4096
     """Images per shard; 4096 raw images of 64x64 take 58 MB."""
-    workers: int = min(4, os.cpu_count() or 1)
+    workers: Count = THREADS
     """Threads, each with one shard in memory."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
-        for name in ("shard_size", "workers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        check_bounds(self, error=InputError)
 
 
 def write_split(store: Store, split: Split, options: Output) -> tuple[ShardIndex, list[str]]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iddpm.bounds import Count, Limit, check_bounds
 from iddpm.config import DiffusionConfig
 from iddpm.diffusion import Diffusion
 from iddpm.likelihood import (
@@ -50,26 +51,23 @@ Read = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 class NllPlan:
     """What to measure, apart from the models."""
 
-    images: int
+    images: Count
     seed: int = 0
     exact: bool = False
-    draws: int = 16
-    target_se: float | None = None
+    draws: Count = 16
+    target_se: Limit | None = None
     chain: str | None = None
     """None: all T timesteps. "25": 25 of them, evenly spaced. "best25": the best 25."""
-    images_per_call: int = 16
-    timesteps_per_call: int = 32
+    images_per_call: Count = 16
+    timesteps_per_call: Count = 32
 
     def __post_init__(self) -> None:
+        check_bounds(self, error=InputError)
         count = (self.chain or "1").removeprefix("best")
         if not count.isdecimal() or int(count) < 1:
             raise InputError(f"--chain: got {self.chain!r}, expected a number of steps, such as 25 or best25")
         if self.best and not 2 <= int(count) <= PATH_GRID:
             raise InputError(f"--chain: got {self.chain!r}, expected best2 to best{PATH_GRID}")
-        if self.target_se is not None and not self.target_se > 0:
-            raise InputError(f"--target-se: got {self.target_se}, expected bits/dim above 0")
-        if self.draws < 1:
-            raise InputError(f"--draws: got {self.draws}, expected 1 or more")
 
     @property
     def best(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrackingConfig, flatten
+from pipeline.config import flatten
 from pipeline.masking import first_line, mask
 from pipeline.run.journal import JOURNAL, SHIPPED
 
@@ -19,10 +19,10 @@ BATCH = 200  # journal lines sent at once
 class Shipper:
     """Sends a journal to MLflow from a background thread."""
 
-    def __init__(self, folder: Path, config: TrackingConfig) -> None:
+    def __init__(self, folder: Path, uri: str, flush_s: float) -> None:
         self.folder = folder
-        self.flush_s = config.flush_s
-        self.uri = tracking_uri(config)
+        self.flush_s = flush_s
+        self.uri = uri
         self.run_id: str | None = None
         self.problem: str | None = None
         self._client: Any = None
@@ -109,20 +109,15 @@ class Shipper:
         return False
 
 
-def tracking_uri(config: TrackingConfig) -> str:
-    """Return MLflow's URI: configured, from the environment, or the default."""
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-
-
-def update_parent(config: TrackingConfig, experiment: str, uid: str, update: Callable[[Any, str], Any]) -> str | None:
-    """Call `update` with an MlflowClient and the id of the parent of an experiment's runs, unless tracking is off.
+def update_parent(uri: str | None, experiment: str, uid: str, update: Callable[[Any, str], Any]) -> str | None:
+    """Call `update` with an MlflowClient and the id of the parent of an experiment's runs, unless there is no `uri`.
 
     Returns why that failed, if it did: a failing tracking server must not stop its caller.
     """
-    if config.uri == "none":
+    if uri is None:
         return None
     try:
-        update(*open_run(tracking_uri(config), experiment, uid, experiment))
+        update(*open_run(uri, experiment, uid, experiment))
     except Exception as error:
         return mask(str(error))
     return None

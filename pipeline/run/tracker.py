@@ -48,7 +48,8 @@ class Tracker:
                 {"kind": "run", "uid": self.uid, "name": name, "experiment": config.experiment}
                 | {"parent": config.parent, "config": run_config, "dataset": dataset}
             )
-        self.shipper = None if config.uri == "none" else Shipper(folder, config)
+        uri = config.mlflow_uri
+        self.shipper = Shipper(folder, uri, config.flush_s) if uri else None
 
     def tags(self, tags: dict[str, str]) -> None:
         """Record facts about this attempt that may differ between attempts, such as the world size."""

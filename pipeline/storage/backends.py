@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iddpm.bounds import Limit, check_bounds
 from pipeline.errors import InputError
 from pipeline.masking import carries_credentials, mask
 from pipeline.storage.errors import StorageError, _code
@@ -38,19 +39,18 @@ class StorageConfig:
     """Address of an S3-compatible server, e.g. http://127.0.0.1:8333; default: AWS."""
     profile: str | None = None
     """Profile of ~/.aws/credentials to use for s3:// URLs."""
-    deadline_s: float = 300.0
+    deadline_s: Limit = 300.0
     """Seconds for which to retry a failing operation."""
 
     def __post_init__(self) -> None:
-        if not self.deadline_s > 0:
-            raise InputError(f"storage.deadline_s: got {self.deadline_s}, expected seconds above 0")
+        check_bounds(self, "storage.", InputError)
         if self.endpoint_url is not None:
             if not re.match(r"https?://[^/]", self.endpoint_url):
                 got = mask(self.endpoint_url)
-                raise InputError(f"storage.endpoint_url: got {got!r}, expected http://host[:port] or https://…")
+                raise InputError(f"--storage.endpoint-url: got {got!r}, expected http://host[:port] or https://…")
             if carries_credentials(self.endpoint_url):
                 raise InputError(
-                    f"storage.endpoint_url: {mask(self.endpoint_url)} carries credentials; provide them in "
+                    f"--storage.endpoint-url: {mask(self.endpoint_url)} carries credentials; provide them in "
                     "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or a profile, never in the address"
                 )
 

@@ -26,12 +26,13 @@ CHAINS = sorted(key.rpartition("/")[0] for key in keys("chain/x_T"))
 def test_single_steps_agree_with_the_original(path):
     _, schedule, steps, variance = path.split("/")
     config = DiffusionConfig(timesteps=int(steps), schedule=schedule, variance=variance.lower())
-    args = denoiser(config.learns_variance), Diffusion(config), tensor(f"{path}/x_t"), tensor(f"{path}/t")
-    z = tensor(f"{path}/z")
-    assert error(ancestral_step(*args, z)[0], tensor(f"{path}/p_sample")) < 1e-5
+    diffusion = Diffusion(config)
+    x_t, t, z = (tensor(f"{path}/{name}") for name in ("x_t", "t", "z"))
+    p = diffusion.p_mean_variance(denoiser(config.learns_variance), x_t, t)
+    assert error(ancestral_step(p, t, z), tensor(f"{path}/p_sample")) < 1e-5
     for eta in (0.0, 0.5, 1.0):
-        assert error(ddim_step(*args, z, eta)[0], tensor(f"{path}/ddim_eta={eta}")) < 1e-5
-    assert error(ddim_invert_step(*args)[0], tensor(f"{path}/ddim_reverse")) < 1e-5
+        assert error(ddim_step(diffusion, p.pred_xstart, x_t, t, z, eta), tensor(f"{path}/ddim_eta={eta}")) < 1e-5
+    assert error(ddim_invert_step(diffusion, p.pred_xstart, x_t, t), tensor(f"{path}/ddim_reverse")) < 1e-5
 
 
 @pytest.mark.parametrize("path", CHAINS)

@@ -180,5 +180,3 @@ def test_make_sampler():
     assert isinstance(weighted, LossSecondMomentSampler)
     assert weighted.needs_losses
     assert weighted.history.shape == (10, 10)
-    with pytest.raises(ValueError, match="timestep sampler: got 'loss'"):
-        make_sampler("loss", 10)

@@ -22,6 +22,7 @@ from pipeline.config import (
     parse_horizon,
     record,
 )
+from pipeline.errors import InputError
 from pipeline.presets import PRESETS
 
 
@@ -95,12 +96,15 @@ def test_preset_under_yaml_under_flags(tmp_path) -> None:
         (["--horizon", "3epochs"], "4000steps"),
         (["--horizon", "-3steps"], "positive"),
         (["--batch-size", "0"], "--batch-size"),
-        (["--lr", "nan"], "--lr"),
+        (["--lr", "nan"], "--lr: got nan, expected a positive number"),
+        (["--weight-decay", "nan"], "--weight-decay: got nan, expected 0 or more"),
+        (["--tracking.flush-s", "-1"], "--tracking.flush-s: got -1.0, expected 0 or more"),
+        (["--eval-metrics", "nll,fad"], "--eval-metrics: got 'nll,fad'"),
         (["--ema-rates", "1.0"], "[0, 1)"),
         (["--ema-rates", "0.9", "0.9"], "rates that differ"),
         (["--sample-steps", "5000"], "--diffusion.timesteps"),
         (["--diffusion.loss", "l2"], "rescaled_kl"),
-        (["--data.workers", "0"], "data.workers"),
+        (["--data.workers", "0"], "--data.workers: got 0, expected 1 or more"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--storage.endpoint-url", "http://user:hunter2@host"], "credentials"),
     ],
@@ -155,6 +159,33 @@ def test_unknown_fields_in_a_record_are_named() -> None:
     content["model"]["wings"] = 2
     with pytest.raises(ValueError, match=r"model\.wings"):
         from_record(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("model.channels", 97, r"--model\.channels: got 97, expected a multiple of 32"),
+        ("model.channels", "wide", r"--model\.channels: got 'wide', expected type int"),
+        ("model", 3, "--model: got 3, expected type UNetConfig"),
+        ("diffusion.timesteps", 0, r"--diffusion\.timesteps: got 0"),
+        ("batch_size", None, "--batch-size: got None"),
+        ("ema_rates", 0.9, r"--ema-rates: got 0\.9, expected a tuple"),
+        ("horizon", "7", "--horizon: got '7'"),
+    ],
+)
+def test_invalid_fields_in_a_record_are_named(name: str, value: object, says: str) -> None:
+    content = record(TrainConfig())
+    section, _, field = name.rpartition(".")
+    (content[section] if section else content)[field] = value
+    with pytest.raises(InputError, match=f"recorded config: {says}"):
+        from_record(content)
+
+
+def test_metrics_are_parsed_once_in_one_order() -> None:
+    config = TrainConfig(eval_metrics=" fid, nll,fid,")
+    assert config.metrics == ("nll", "fid")
+    assert config.metrics is config.metrics
+    assert record(config)["eval_metrics"] == " fid, nll,fid,"  # as typed
 
 
 def test_flatten() -> None:

@@ -25,7 +25,12 @@ def contents(directory):
 
 
 def run(*arguments):
-    return main([str(argument) for argument in arguments])
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        if end.code == 1:  # after printing an error; 2 is bad usage
+            return 1
+        raise
 
 
 # --- digits ---

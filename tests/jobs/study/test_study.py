@@ -61,7 +61,7 @@ def test_the_runs_of_a_study_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"budgets": [-1e10]}, "expected one or more positive FLOPs"),
+        ({"budgets": [-1e10]}, "expected each a positive number"),
         ({"budgets": [1.001e10, 1.002e10]}, "expected budgets that differ in their first three digits"),
         ({"budgets": [2e10, 1e10], "separate": False}, "expected ascending budgets"),
         ({"axis": "lr"}, "expected a field of the network"),

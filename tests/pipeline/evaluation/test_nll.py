@@ -175,7 +175,7 @@ def test_shorter_chains_have_bounds_of_their_own(val: Reader, trained: Trained) 
     [
         ({"chain": "x"}, "such as 25 or best25"),
         ({"chain": "21"}, "expected at most the run's 20 timesteps"),
-        ({"target_se": 0.0}, "bits/dim above 0"),
+        ({"target_se": 0.0}, "--target-se: got 0.0, expected a number above 0"),
         ({"draws": 0}, "1 or more"),
     ],
 )

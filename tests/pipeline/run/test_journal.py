@@ -194,7 +194,7 @@ def test_a_new_database_gets_the_whole_history(tmp_path: Path, monkeypatch: pyte
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"train/loss": 1.0})
 
 
-def test_a_remote_run_is_sent_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_run_is_sent_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """The journal and images of a remote run are sent from its URL; a URL without a run is an error."""
     gone, run = tracker(tmp_path / "gone", "none"), Store(f"memory://{tmp_path}/r")
     gone.log(1, {"train/loss": 1.0})
@@ -214,8 +214,23 @@ def test_a_remote_run_is_sent_from_anywhere(tmp_path: Path, monkeypatch: pytest.
     assert sent.data.metrics == {"train/loss": 1.0}
     assert client.list_artifacts(sent.info.run_id, "images")
     monkeypatch.setattr(sys, "argv", ["tracking", f"{run.url}/none", "--uri", uri])
-    with pytest.raises(SystemExit, match=r"got no journal.jsonl, expected the --out of a run"):
+    with pytest.raises(SystemExit) as ended:
         main()
+    assert ended.value.code == 1
+    assert "got no journal.jsonl, expected the --out of a run" in capsys.readouterr().err
+
+
+def test_the_environment_turns_tracking_off_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    assert TrackingConfig(uri="sqlite:///here.db").mlflow_uri == "sqlite:///here.db"  # the flag comes first
+    tracked = tracker(tmp_path, None)
+    tracked.close("FINISHED")
+    assert tracked.shipper is None
+    monkeypatch.setattr(sys, "argv", ["tracking", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "--uri: got none" in capsys.readouterr().err
 
 
 def test_no_password_is_printed_or_recorded(tmp_path: Path, capsys) -> None:

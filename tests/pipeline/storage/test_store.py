@@ -173,9 +173,9 @@ def test_config_refuses_secrets():
     with pytest.raises(ValueError, match="carries credentials") as caught:
         StorageConfig("http://user:hunter2@host:9000")
     assert "hunter2" not in str(caught.value)
-    with pytest.raises(ValueError, match="endpoint_url"):
+    with pytest.raises(ValueError, match=r"--storage\.endpoint-url"):
         StorageConfig("host:9000")
-    with pytest.raises(ValueError, match="deadline_s"):
+    with pytest.raises(ValueError, match=r"--storage\.deadline-s: got 0, expected a number above 0"):
         StorageConfig(deadline_s=0)
 
 
