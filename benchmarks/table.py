@@ -4,6 +4,7 @@ import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from pipeline.prepare import prepare_digits
 
 
 class Row(NamedTuple):
@@ -41,6 +44,13 @@ def show(rows: list[Row]) -> str:
         f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e:>{widths[4]}}{f}".rstrip()
         for a, b, c, d, e, f in cells
     )
+
+
+def show_with_digits(rows: Callable[[Path], list[Row]]) -> None:
+    """Measure in a temporary folder that has the digits' shards in digits/, and print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_digits(f"{folder}/digits")
+        print(show(rows(Path(folder))))
 
 
 def here() -> str:

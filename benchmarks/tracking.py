@@ -9,14 +9,12 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.table import Row, show
-from pipeline.prepare import prepare_digits
+from benchmarks.table import Row, show_with_digits
 from pipeline.run.journal import read_journal
 
 SMALL = "--model.channel-mult 1 --model.num-res-blocks 1 --batch-size 32 --sample-steps 1 --sample-count 1"
@@ -32,13 +30,13 @@ def rows(folder: Path, cycles: int = 3) -> list[Row]:
     run, uri = folder / "tracked", f"http://127.0.0.1:{port}"
     command = f"-m pipeline.train {SMALL} {ENDLESS} --data.url {folder}/digits --out {run} --tracking.uri {uri}"
     server = _serve(folder, port)
-    with (folder / "said").open("w") as said:
+    with (folder / "output").open("w") as output:
         training = subprocess.Popen(
-            [sys.executable, *command.split()], stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            [sys.executable, *command.split()], stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
     try:
         while not (run / "journal.shipped").exists():
-            assert training.poll() is None, (folder / "said").read_text()
+            assert training.poll() is None, (folder / "output").read_text()
             time.sleep(0.5)
         phases: dict[str, list[tuple[float, float]]] = {"up": [], "stopped": [], "dead": []}
         for _ in range(cycles):
@@ -111,11 +109,5 @@ def _steps_at(uri: str) -> int:
     return len({point.step for point in client.get_metric_history(run.info.run_id, "train/loss")})
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        prepare_digits(f"{folder}/digits")
-        print(show(rows(Path(folder))))
-
-
 if __name__ == "__main__":
-    main()
+    show_with_digits(rows)

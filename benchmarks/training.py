@@ -2,20 +2,18 @@
 `python -m benchmarks.training`.
 """
 
-import json
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from benchmarks.ranks import Steps, on_ranks
-from benchmarks.table import Row, show
+from benchmarks.table import Row, show_with_digits
 from pipeline.cli import parse_train
 from pipeline.distributed.world import World
-from pipeline.prepare import prepare_digits
+from pipeline.run.journal import read_journal
 
 STEPS = 300
 SMALL = ["--model.channel-mult", "1", "--model.num-res-blocks", "1", "--batch-size", "8"]
@@ -54,8 +52,7 @@ def _precision(folder: Path) -> list[Row]:
         where = ["--out", str(folder / name), "--data.url", str(folder / "digits")]
         command = [sys.executable, "-m", "pipeline.train", *fixed.split(), *where, *flags]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        records = [json.loads(line) for line in (folder / name / "journal.jsonl").read_text().splitlines()]
-        losses = [r["metrics"]["train/loss"] for r in records if r["kind"] == "metrics"]
+        losses = [r["metrics"]["train/loss"] for r in read_journal(folder / name) if r["kind"] == "metrics"]
         loss[name] = statistics.mean(losses[-len(losses) // 3 :])
     apart, noise = abs(loss["bf16"] - loss["fp32"]), abs(loss["seed"] - loss["fp32"])
     against = f"between seeds {noise:.5f}"
@@ -80,11 +77,5 @@ def _peaks(world: World) -> list[float]:
     return peaks
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        prepare_digits(f"{folder}/digits")
-        print(show(rows(Path(folder))))
-
-
 if __name__ == "__main__":
-    main()
+    show_with_digits(rows)

@@ -7,12 +7,12 @@ noted. Image quality is measured with features trained on the data itself, so it
 import csv
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -42,6 +42,20 @@ from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
 
 Rows = list[dict[str, Any]]
+Axes = dict[str, Any]
+"""Settings of matplotlib's axes."""
+Drawing = tuple[Rows, Callable[[Any], None]]
+"""A figure: its data, and a function that draws it into matplotlib's axes."""
+
+RUNS = {
+    "hybrid": "L_hybrid, cosine",
+    "linear": "L_hybrid, linear",
+    "simple": "L_simple, fixed variance",
+    "vlb": "L_vlb",
+    "vlb_is": "L_vlb, importance sampled",
+}
+"""What the figures call each run that can be given."""
+FRECHET = "Fréchet distance, own features"
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,10 @@ class FiguresConfig:
     """Numbers of sampling steps K."""
     storage: StorageConfig = field(default_factory=StorageConfig)
 
+    def runs(self, *names: str) -> dict[str, str]:
+        """Return those of these runs that are given, by what the figures call them."""
+        return {RUNS[name]: getattr(self, name) for name in names if getattr(self, name)}
+
 
 class Bench:
     """What the figures share: the data, and methods to load and measure models."""
@@ -81,6 +99,7 @@ class Bench:
         self.world = World(device=pick_device("auto", 0))
         self.data = Store(config.data, config.storage)
         self.train, self.val = (load_index(self.data, split) for split in ("train", "val"))
+        self.step_axis: Axes = {"xscale": "log", "xticks": config.steps, "xticklabels": list(map(str, config.steps))}
         self._quality: tuple[Features, Reference] | None = None
 
     def load(self, run: str, step: int | None = None, ema_rate: float | None = None) -> Trained:
@@ -94,6 +113,10 @@ class Bench:
         with closing(Reader(self.data, index)) as reader:
             images, _ = reader.read(np.arange(count or index.num_samples))
         return from_uint8(images.to(self.world.device))
+
+    def steps(self, run: str) -> list[int]:
+        """Return the steps of a run's checkpoints."""
+        return Checkpoints(Store(run, self.config.storage)).steps()
 
     def nll(self, model: Trained, **plan: Any) -> Any:
         with closing(Reader(self.data, self.val)) as reader:
@@ -114,7 +137,7 @@ class Bench:
 # ------------------------------------------------------------------------------------------ schedules
 
 
-def variances() -> tuple[Rows, Callable[[Any], None]]:
+def variances() -> Drawing:
     """Figure 1: the posterior variance divided by beta, for several T."""
     rows = []
     for steps in (100, 1000, 4000):
@@ -122,38 +145,28 @@ def variances() -> tuple[Rows, Callable[[Any], None]]:
         for t in sorted({round(steps ** (i / 300)) for i in range(300)}):
             ratio = float(d.posterior_variance[t] / d.betas[t])
             rows.append({"T": steps, "t_over_T": t / steps, "ratio": ratio})
-
-    def draw(axis: Any) -> None:
-        _lines(axis, rows, "t_over_T", "ratio", "T", "T = ")
-        axis.set(xlabel="t / T", ylabel=r"$\tilde\beta_t / \beta_t$", xlim=(0.001, 1), xscale="log")
-
-    return rows, draw
+    axes = {"xlabel": "t / T", "ylabel": r"$\tilde\beta_t / \beta_t$", "xlim": (0.001, 1), "xscale": "log"}
+    return rows, lambda axis: _lines(axis, rows, "t_over_T", "ratio", "T = {T}", axes)
 
 
-def alphas() -> tuple[Rows, Callable[[Any], None]]:
+def alphas() -> Drawing:
     """Figure 5: the cumulative product of alpha for both schedules."""
-    schedules: tuple[Schedule, ...] = ("linear", "cosine")
-    rows = [
-        {"schedule": schedule, "t_over_T": (t + 1) / 1000, "alpha_bar": float(value)}
-        for schedule in schedules
-        for t, value in enumerate(Diffusion(DiffusionConfig(timesteps=1000, schedule=schedule)).alphas_cumprod)
-    ]
-
-    def draw(axis: Any) -> None:
-        _lines(axis, rows, "t_over_T", "alpha_bar", "schedule")
-        axis.set(xlabel="t / T", ylabel=r"$\bar\alpha_t$")
-
-    return rows, draw
+    rows = []
+    for schedule in get_args(Schedule):
+        d = Diffusion(DiffusionConfig(timesteps=1000, schedule=schedule))
+        for t, value in enumerate(d.alphas_cumprod.tolist()):
+            rows.append({"schedule": schedule, "t_over_T": (t + 1) / 1000, "alpha_bar": value})
+    axes = {"xlabel": "t / T", "ylabel": r"$\bar\alpha_t$"}
+    return rows, lambda axis: _lines(axis, rows, "t_over_T", "alpha_bar", "{schedule}", axes)
 
 
-def noised(bench: Bench) -> tuple[Rows, Callable[[Any], None]]:
+def noised(bench: Bench) -> Drawing:
     """Figure 3: an image turning into noise, with the linear schedule (above) and the cosine one."""
     steps, columns = 1000, 9
     x = bench.read(bench.val, 1).cpu()
     eps = normal(stream_key(0, "figure"), torch.zeros(1, dtype=torch.int64), x.shape[1:])
     rows, images = [], []
-    schedules: tuple[Schedule, ...] = ("linear", "cosine")
-    for schedule in schedules:
+    for schedule in get_args(Schedule):
         d = Diffusion(DiffusionConfig(timesteps=steps, schedule=schedule))
         for i in range(columns):
             t = round(i * (steps - 1) / (columns - 1))
@@ -165,36 +178,28 @@ def noised(bench: Bench) -> tuple[Rows, Callable[[Any], None]]:
 # ---------------------------------------------------------------------------------------------- runs
 
 
-def terms(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[Any], None]]:
+def terms(bench: Bench, runs: dict[str, str]) -> Drawing:
     """Figure 2: each timestep's term of the bound."""
     rows = []
     for name, run in runs.items():
         nll = bench.nll(bench.load(run), exact=True, timesteps_per_call=64)
-        rows += [{"run": name, "t": t + 1, "bits": float(v)} for t, v in enumerate(nll.vb[0])]
-
-    def draw(axis: Any) -> None:
-        _lines(axis, rows, "t", "bits", "run")
-        axis.set(xlabel="t", ylabel="$L_{t-1}$, bits/dim", xscale="log", yscale="log")
-
-    return rows, draw
+        rows += [{"run": name, "t": t, "bits": bits} for t, bits in enumerate(nll.vb[0].tolist(), start=1)]
+    axes = {"xlabel": "t", "ylabel": "$L_{t-1}$, bits/dim", "xscale": "log", "yscale": "log"}
+    return rows, lambda axis: _lines(axis, rows, "t", "bits", "{run}", axes)
 
 
-def curves(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[Any], None]]:
+def curves(bench: Bench, runs: dict[str, str]) -> Drawing:
     """Figure 6: estimated bits/dim of the moving average over training steps, with 95 % intervals."""
     rows = []
     for name, run in runs.items():
-        for step in steps_of(bench, run):
+        for step in bench.steps(run):
             nll = bench.nll(bench.load(run, step))
             rows.append({"run": name, "step": step, "bits_per_dim": nll.mean(), "se": nll.standard_error()})
-
-    def draw(axis: Any) -> None:
-        _lines(axis, rows, "step", "bits_per_dim", "run", error="se")
-        axis.set(xlabel="training steps", ylabel="bits/dim")
-
-    return rows, draw
+    axes = {"xlabel": "training steps", "ylabel": "bits/dim"}
+    return rows, lambda axis: _lines(axis, rows, "step", "bits_per_dim", "{run}", axes, "se")
 
 
-def gradient_noise(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[Any], None]]:
+def gradient_noise(bench: Bench, runs: dict[str, str]) -> Drawing:
     """Figure 7: the gradient noise scale of each run's own objective, on its own weights, as it trains.
 
     This is tr(covariance) / |gradient|^2 (McCandlish et al. 2018), in images: the batch size whose gradient has as much
@@ -204,35 +209,29 @@ def gradient_noise(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[
     rows: Rows = []
     x, groups = bench.read(bench.train), 32
     for name, run in runs.items():
-        for step in steps_of(bench, run):
+        for step in bench.steps(run):
             model = bench.load(run, step, ema_rate=0)  # not an average: its gradient is not used in training
             config = model.config.diffusion
             process = Diffusion(config, device=bench.world.device)
             vlb = config.loss in ("kl", "rescaled_kl")
             sampler = _importance_sampler(model, process, x) if vlb else UniformSampler(config.timesteps)
             size = max(1, bench.config.gradients // groups)
-            found = [_gradients(model, process, sampler, x, group, size) for group in range(groups)]
-            sums, squares, uniform_squares = (torch.stack(column) for column in zip(*found, strict=True))
+            estimates = [_gradients(model, process, sampler, x, group, size) for group in range(groups)]
+            sums, squares, uniform_squares = map(torch.stack, zip(*estimates, strict=True))
             products = sums @ sums.T
             kinds = {"L_vlb, importance sampled": squares, "L_vlb": uniform_squares} if vlb else {name: squares}
             for objective, power in kinds.items():
                 value, se = _noise_scale(products, power)
                 rows.append({"objective": objective, "weights": name, "step": step, "noise_scale": value, "se": se})
 
-    def draw(axis: Any) -> None:
-        known = [row for row in rows if row["noise_scale"] > 0]
-        own = [row | {"line": row["objective"]} for row in known if row["objective"] == row["weights"]]
-        other = [
-            row | {"line": f"{row['objective']}; weights: {row['weights']}"}
-            for row in known
-            if row["objective"] != row["weights"]
-        ]
-        _lines(axis, own + other, "step", "noise_scale", "line", error="se")
-        axis.set(xlabel="training steps", ylabel="gradient noise scale, images", yscale="log")
-        axis.legend_.remove()
-        axis.figure.legend(loc="outside lower center", fontsize=8)
-
-    return rows, draw
+    # A run's own objective first, then those of other runs on its weights.
+    lines = []
+    for row in sorted(rows, key=lambda row: row["objective"] != row["weights"]):
+        other = "" if row["objective"] == row["weights"] else f"; weights: {row['weights']}"
+        if row["noise_scale"] > 0:
+            lines.append(row | {"line": row["objective"] + other})
+    axes = {"xlabel": "training steps", "ylabel": "gradient noise scale, images", "yscale": "log"}
+    return rows, lambda axis: _lines(axis, lines, "step", "noise_scale", "{line}", axes, "se", below=True)
 
 
 def _gradients(
@@ -293,7 +292,7 @@ def _draw(stream: str, index: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return x[chosen], normal(stream_key(0, stream, "eps"), index, x.shape[1:])
 
 
-def quality_over_steps(bench: Bench, run: str) -> tuple[Rows, Callable[[Any], None]]:
+def quality_over_steps(bench: Bench, run: str) -> Drawing:
     """Figure 8: quality over the number of sampling steps, for IDDPM's sampler and DDIM."""
     model = bench.load(run)
     rows: Rows = []
@@ -301,36 +300,24 @@ def quality_over_steps(bench: Bench, run: str) -> tuple[Rows, Callable[[Any], No
         for recipe in (Recipe("ancestral", steps, 0.0, 0), Recipe("ddim", steps, 0.0, 0)):
             value = bench.quality(model, recipe.chain(model.config.diffusion, bench.world.device), recipe)
             rows.append({"sampler": recipe.sampler, "steps": steps, "distance": value, "n": bench.config.samples})
-
-    def draw(axis: Any) -> None:
-        _lines(axis, rows, "steps", "distance", "sampler")
-        axis.set(xlabel="sampling steps K", ylabel="Fréchet distance, own features", xscale="log", yscale="log")
-        _ticks(axis, bench.config.steps)
-        _plain(axis)
-
-    return rows, draw
+    axes = {"xlabel": "sampling steps K", "ylabel": FRECHET, "yscale": "log"}
+    return rows, lambda axis: _lines(axis, rows, "steps", "distance", "{sampler}", axes | bench.step_axis)
 
 
-def nll_over_steps(bench: Bench, runs: dict[str, str]) -> tuple[Rows, Callable[[Any], None]]:
+def nll_over_steps(bench: Bench, runs: dict[str, str]) -> Drawing:
     """The bound of chains of K steps, evenly spaced and best: learned versus fixed variance."""
     rows: Rows = []
     for name, run in runs.items():
         model = bench.load(run)
-        for steps in bench.config.steps:
-            for kind in ("", "best"):
-                nll = bench.nll(model, chain=f"{kind}{steps}")
-                label = f"{name}, {kind or 'strided'}"
-                rows.append({"chain": label, "steps": steps, "bits_per_dim": nll.mean(), "se": nll.standard_error()})
-
-    def draw(axis: Any) -> None:
-        _lines(axis, rows, "steps", "bits_per_dim", "chain", error="se")
-        axis.set(xlabel="steps K of the chain", ylabel="its bound, bits/dim", xscale="log")
-        _ticks(axis, bench.config.steps)
-
-    return rows, draw
+        for steps, kind in product(bench.config.steps, ("", "best")):
+            nll = bench.nll(model, chain=f"{kind}{steps}")
+            label = f"{name}, {kind or 'strided'}"
+            rows.append({"chain": label, "steps": steps, "bits_per_dim": nll.mean(), "se": nll.standard_error()})
+    axes = {"xlabel": "steps K of the chain", "ylabel": "its bound, bits/dim"}
+    return rows, lambda axis: _lines(axis, rows, "steps", "bits_per_dim", "{chain}", axes | bench.step_axis, "se")
 
 
-def skipped_prefix(bench: Bench, runs: dict[str, str], steps: int = 50) -> tuple[Rows, Callable[[Any], None]]:
+def skipped_prefix(bench: Bench, runs: dict[str, str], steps: int = 50) -> Drawing:
     """Figure 4: quality if the first part of the reverse process is skipped and the rest starts from noise."""
     rows: Rows = []
     recipe = Recipe("ancestral", steps, 0.0, 0)
@@ -341,80 +328,78 @@ def skipped_prefix(bench: Bench, runs: dict[str, str], steps: int = 50) -> tuple
         for skipped in (0.0, 0.1, 0.2, 0.3, 0.4):
             chain = Diffusion(config, keep[: round(len(keep) * (1 - skipped))], bench.world.device)
             rows.append({"run": name, "skipped": skipped, "distance": bench.quality(model, chain, recipe)})
-
-    def draw(axis: Any) -> None:
-        _lines(axis, rows, "skipped", "distance", "run")
-        axis.set(xlabel="part of the reverse process skipped", ylabel="Fréchet distance, own features", yscale="log")
-        _plain(axis)
-
-    return rows, draw
+    axes = {"xlabel": "part of the reverse process skipped", "ylabel": FRECHET, "yscale": "log"}
+    return rows, lambda axis: _lines(axis, rows, "skipped", "distance", "{run}", axes)
 
 
-def consistency(bench: Bench, run: str, count: int = 8) -> tuple[Rows, Callable[[Any], None]]:
+def consistency(bench: Bench, run: str, count: int = 8) -> Drawing:
     """DDIM's figure 5: from one x_T (per column), chains of more and more steps (rows) draw the same image."""
-    model = bench.load(run)
+    model, device = bench.load(run), bench.world.device
+    index = torch.arange(count, device=device)
     images = []
     for steps in bench.config.steps:
         recipe = Recipe("ddim", steps, 0.0, 0)
-        chain = recipe.chain(model.config.diffusion, bench.world.device)
-        index = torch.arange(count, device=bench.world.device)
-        with autocast(bench.world.device, model.config.precision):
+        chain = recipe.chain(model.config.diffusion, device)
+        with autocast(device, model.config.precision):
             images.append(final(recipe.run(model, chain, index)).cpu().clamp(-1, 1))
-    gaps = [float(x.sub(images[-1]).square().mean() / 4) for x in images]  # of pixels in [0, 1]
-    rows = [{"steps": s, "mse_to_longest": gap} for s, gap in zip(bench.config.steps, gaps, strict=True)]
+    gaps = [_mse(x, images[-1]) for x in images]
+    rows = [{"steps": steps, "mse_to_longest": gap} for steps, gap in zip(bench.config.steps, gaps, strict=True)]
     return rows, lambda axis: _tiles(axis, torch.cat(images), count)
 
 
-def interpolation(bench: Bench, run: str, lines: int = 4, columns: int = 11) -> tuple[Rows, Callable[[Any], None]]:
+def interpolation(bench: Bench, run: str, lines: int = 4, columns: int = 11) -> Drawing:
     """DDIM's figure 6: interpolation between two images by slerp of x_T."""
-    model = bench.load(run)
-    chain = Recipe("ddim", max(bench.config.steps), 0.0, 0).chain(model.config.diffusion, bench.world.device)
-    first, last = (
-        normal(stream_key(0, "end", end), torch.arange(lines, device=bench.world.device), model.shape) for end in (0, 1)
-    )
+    model, device = bench.load(run), bench.world.device
+    chain = Recipe("ddim", max(bench.config.steps), 0.0, 0).chain(model.config.diffusion, device)
+    index = torch.arange(lines, device=device)
+    first, last = (normal(stream_key(0, "end", end), index, model.shape) for end in (0, 1))
     weights = [i / (columns - 1) for i in range(columns)]
-    with autocast(bench.world.device, model.config.precision):
+    with autocast(device, model.config.precision):
         images = [final(ddim(model.model, chain, slerp(first, last, w).to(model.dtype))).cpu() for w in weights]
-    steps = [float((b - a).square().mean() / 4) for a, b in pairwise(images)]
-    rows = [{"weight": w, "mse_to_next": gap} for w, gap in zip(weights, [*steps, 0.0], strict=True)]
+    gaps = [_mse(a, b) for a, b in pairwise(images)]
+    rows = [{"weight": weight, "mse_to_next": gap} for weight, gap in zip(weights, [*gaps, 0.0], strict=True)]
     return rows, lambda axis: _tiles(axis, torch.stack(images, dim=1).flatten(0, 1), columns)
 
 
-def steps_of(bench: Bench, run: str) -> list[int]:
-    """Return the steps of a run's checkpoints."""
-    records = Checkpoints(Store(run, bench.config.storage)).records()
-    return sorted({record.step for record in records if record.kind == "checkpoint"})
+def _mse(a: Tensor, b: Tensor) -> float:
+    """Return the mean squared difference of images in [-1, 1], as of pixels in [0, 1]."""
+    return float((a - b).square().mean() / 4)
 
 
 # -------------------------------------------------------------------------------------------- drawing
 
 
-def _lines(axis: Any, rows: Rows, x: str, y: str, by: str, prefix: str = "", error: str | None = None) -> None:
-    for value in dict.fromkeys(row[by] for row in rows):
-        mine = [row for row in rows if row[by] == value]
-        xs, ys = [row[x] for row in mine], [row[y] for row in mine]
-        marker = "o" if len(mine) < 30 else ""
-        (line,) = axis.plot(xs, ys, label=f"{prefix}{value}", linewidth=1.3, marker=marker, markersize=3)
-        if error:
-            factors = [math.exp(NORMAL_95 * row[error] / row[y]) for row in mine]  # stays positive
-            low, high = ([v * f**sign for v, f in zip(ys, factors, strict=True)] for sign in (-1, 1))
-            axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
+def _lines(
+    axis: Any, rows: Rows, x: str, y: str, label: str, axes: Axes, error: str | None = None, below: bool = False
+) -> None:
+    """Draw column `y` over column `x`, a line for each value of the template `label`.
 
-
-def _ticks(axis: Any, values: Sequence[int]) -> None:
-    """Show only these ticks on a logarithmic x axis."""
-    axis.set_xticks(values, list(map(str, values)))
-    axis.xaxis.minorticks_off()
-
-
-def _plain(axis: Any) -> None:
-    """Label a logarithmic y axis of about a decade with 3, not 3 x 10^0."""
+    `error` is the column of standard errors; `below` puts the legend below the picture.
+    """
     from matplotlib.ticker import LogFormatter
 
-    axis.yaxis.set_major_formatter(LogFormatter())
-    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+    lines: dict[str, Rows] = {}
+    for row in rows:
+        lines.setdefault(label.format(**row), []).append(row)
+    for name, line in lines.items():
+        xs, ys = ([row[column] for row in line] for column in (x, y))
+        marker = "o" if len(line) < 30 else ""
+        (drawn,) = axis.plot(xs, ys, label=name, linewidth=1.3, marker=marker, markersize=3)
+        if error:
+            factors = [math.exp(NORMAL_95 * row[error] / row[y]) for row in line]  # stays positive
+            low, high = ([v * f**sign for v, f in zip(ys, factors, strict=True)] for sign in (-1, 1))
+            axis.fill_between(xs, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
+    axis.grid(alpha=0.3, which="both")
+    axis.set(**axes)
+    if "xticks" in axes:
+        axis.xaxis.minorticks_off()
+    if y == "distance":  # over about a decade: its labels are 3, not 3 x 10^0
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+    if below:
+        axis.figure.legend(loc="outside lower center", fontsize=8)
+    else:
+        axis.legend(fontsize=8)
 
 
 def _tiles(axis: Any, images: Tensor, columns: int) -> None:
@@ -424,59 +409,45 @@ def _tiles(axis: Any, images: Tensor, columns: int) -> None:
 
 
 def save(folder: Path, name: str, title: str, rows: Rows, draw: Callable[[Any], None]) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    figure, axis = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axis = figure.subplots()
     draw(axis)
     axis.set_title(title, fontsize=10)
     figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
     print(f"{folder / name}.png and .csv", flush=True)
 
 
-def figures(config: FiguresConfig) -> Iterator[tuple[str, str, tuple[Rows, Callable[[Any], None]]]]:
-    """Yield the name, title, data and drawing function of each figure that can be drawn."""
+def figures(config: FiguresConfig) -> Iterator[tuple[str, str, Drawing]]:
+    """Yield the name, title and drawing of each figure that the given runs allow."""
     bench = Bench(config)
-    given = {
-        "L_hybrid, cosine": config.hybrid,
-        "L_hybrid, linear": config.linear,
-        "L_simple, fixed variance": config.simple,
-        "L_vlb": config.vlb,
-        "L_vlb, importance sampled": config.vlb_is,
-    }
-    runs = {name: run for name, run in given.items() if run}
-
-    def some(*names: str) -> dict[str, str]:
-        return {name: run for name, run in runs.items() if name in names}
-
     yield "variances", "Posterior variance over beta, linear schedule", variances()
     yield "alphas", "Remaining signal", alphas()
     yield "noised", "Linear (above) and cosine", noised(bench)
-    if runs:
+    if runs := config.runs(*RUNS):
         yield "curves", "Learning curves", curves(bench, runs)
-        yield "nll-over-steps", "Bound of shorter chains", nll_over_steps(bench, some(*list(given)[:3]) or runs)
-        yield "terms", "Terms of the bound", terms(bench, some(*list(given)[:2]) or runs)
-    if own := some("L_hybrid, cosine", "L_vlb", "L_vlb, importance sampled"):
-        yield "gradient-noise", "Gradient noise", gradient_noise(bench, own)
+        shown = config.runs("hybrid", "linear", "simple") or runs
+        yield "nll-over-steps", "Bound of shorter chains", nll_over_steps(bench, shown)
+        shown = config.runs("hybrid", "linear") or runs
+        yield "terms", "Terms of the bound", terms(bench, shown)
+    if shown := config.runs("hybrid", "vlb", "vlb_is"):
+        yield "gradient-noise", "Gradient noise", gradient_noise(bench, shown)
     if config.hybrid:
         yield "ddim-consistency", "DDIM: more steps in each row", consistency(bench, config.hybrid)
         yield "ddim-interpolation", "DDIM: between two images", interpolation(bench, config.hybrid)
         yield "quality-over-steps", "Quality over sampling steps", quality_over_steps(bench, config.hybrid)
-    if both := some(*list(given)[:2]):
-        yield "skipped-prefix", "A prefix of the reverse process skipped", skipped_prefix(bench, both)
+    if shown := config.runs("hybrid", "linear"):
+        yield "skipped-prefix", "A prefix of the reverse process skipped", skipped_prefix(bench, shown)
 
 
 def main(config: FiguresConfig) -> None:
-    drawn: Iterable[Any] = figures(config)
-    for name, title, (rows, draw) in drawn:
+    for name, title, (rows, draw) in figures(config):
         save(Path(config.out), name, title, rows, draw)
 
 

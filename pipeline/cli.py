@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -62,16 +63,38 @@ def errors_exit() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
+def flags_of(config: TrainConfig) -> list[str]:
+    """Return the flags with which `parse_train` gives exactly this configuration: those that differ from its default's.
+
+    A text that begins with "-" cannot be given as a flag's value, nor can "None" where a field may be empty.
+    """
+    default = flatten(asdict(PRESETS["digits"]))
+    fields = flatten(asdict(config))
+    return to_flags({name: value for name, value in fields.items() if value != default[name]})
+
+
 def file_flags(path: str) -> list[str]:
     """Convert a YAML file to flags, so that one parser validates both."""
+    return to_flags(file_fields(path))
+
+
+def file_fields(path: str) -> dict[str, Any]:
+    """Read the fields of a YAML file, by dotted name."""
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of fields to values, got {type(content).__name__}")
+    return flatten(content)
+
+
+def to_flags(fields: dict[str, Any]) -> list[str]:
+    """Convert fields by dotted name to flags."""
     flags = []
-    for name, value in flatten(content).items():
+    for name, value in fields.items():
         flags += _as_words(name.removeprefix("launch."), value)
     return flags
 
@@ -80,14 +103,14 @@ def _as_words(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         section, dot, last = name.rpartition(".")
         return [as_flag(f"{section}{dot}{'' if value else 'no-'}{last}")]
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list | tuple) else [value]
     return [as_flag(name), *map(str, values)]
 
 
 def _program() -> str | None:
     """Return the command that started the program, for its messages."""
     spec = sys.modules["__main__"].__spec__
-    return f"python -m {spec.name}" if spec else None
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
 
 
 def _description(preset: str) -> str:

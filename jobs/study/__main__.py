@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import tyro
 
 from jobs.study.file import OfStudy, load_study
-from jobs.study.plan import Plan, plan
+from jobs.study.plan import Plan, print_plan
+from jobs.study.points import Status, print_status
 from jobs.study.run import Execute, execute
-from jobs.study.status import Status, status
 from pipeline.cli import parse_flags
 from pipeline.errors import UserError
 
@@ -31,13 +31,7 @@ class Report(OfStudy):
     """Folder to write to; default: report/ in the study's folder, or runs/NAME/report for a remote study."""
 
 
-Command = (
-    Annotated[Plan, tyro.conf.subcommand("plan")]
-    | Annotated[Execute, tyro.conf.subcommand("run")]
-    | Annotated[Status, tyro.conf.subcommand("status")]
-    | Annotated[Fit, tyro.conf.subcommand("fit")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-)
+Command = Plan | Annotated[Execute, tyro.conf.subcommand("run")] | Status | Fit | Report
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,15 +39,15 @@ def main(argv: Sequence[str]) -> int:
         options: Any = parse_flags(Command, argv, __doc__ or "")  # type: ignore[arg-type]
         match options:
             case Plan():
-                plan(options)
+                print_plan(options)
             case Execute():
                 return execute(options)
             case Status():
-                status(options)
+                print_status(options)
             case Fit() | Report():
-                from jobs.study.report import report
+                from jobs.study.report import write_report
 
-                report(load_study(options.study), getattr(options, "out", None))
+                write_report(load_study(options.study), getattr(options, "out", None))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,8 +2,9 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from iddpm.bounds import NOT_EMPTY, Count, Positive, check_bounds
-from pipeline.cli import fail_usage, file_flags, parse_flags, parse_train
+from iddpm.bounds import NOT_EMPTY, Count, Positive, as_flag, check_bounds
+from pipeline.cli import fail_usage, file_fields, flags_of, parse_flags, parse_train, to_flags
 from pipeline.config import TrainConfig
 from pipeline.errors import InputError, UserError
 from pipeline.masking import carries_credentials
@@ -61,23 +62,17 @@ class Study:
         if len({f"{budget:.3g}" for budget in self.budgets}) < len(self.budgets):  # runs are named after them
             raise InputError(f"budgets: got {self.budgets}, expected budgets that differ in their first three digits")
         if not self.separate and list(self.budgets) != sorted(self.budgets):
-            raise InputError(
-                f"budgets: got {self.budgets}, expected ascending budgets, which a run passes one after the other"
-            )
+            raise InputError(f"budgets: got {self.budgets}, expected ascending budgets, as a run passes them in turn")
         if not self.axis.startswith("model."):
-            raise InputError(
-                f"axis: got {self.axis!r}, expected a field that sets the network's size, such as model.channels"
-            )
-        for section, flags, own in (
-            ("train", self.train, ("lr", "seed", "out", "horizon")),
-            ("evaluate", self.evaluate, ("step", "against", "against-step", "out")),
+            raise InputError(f"axis: got {self.axis!r}, expected a field of the network, such as model.channels")
+        for section, flags, reserved in (
+            ("train", self.train, {"--lr", "--seed", "--out", "--horizon"}),
+            ("evaluate", self.evaluate, {"--step", "--against", "--against-step", "--out"}),
         ):
-            if given := {f"--{name}" for name in own} & set(flags):
-                raise InputError(f"{section}: got {', '.join(sorted(given))}, which a study sets for each of its runs")
+            if given := sorted(reserved.intersection(flags)):
+                raise InputError(f"{section}: got {', '.join(given)}, which a study sets for each of its runs")
         if "--target-se" in self.evaluate:
-            raise InputError(
-                "evaluate.target_se: points with different numbers of images are not comparable; give `images` instead"
-            )
+            raise InputError("evaluate.target_se: points with different numbers of images are not comparable")
         if len(self.seeds) not in (1, len(self.values)):
             raise InputError(f"seeds: got {self.seeds}, expected one number, or one for each value")
 
@@ -86,16 +81,20 @@ class Study:
         """Folder or URL of the study."""
         return self.out or f"runs/{self.name}"
 
+    @property
+    def config(self) -> TrainConfig:
+        """The first run's configuration, for what all runs have in common."""
+        return self.runs[0].config
+
     @cached_property
     def store(self) -> Store:
         """Where the study's points and runs are."""
-        return Store(self.folder, self.runs[0].config.storage)
+        return Store(self.folder, self.config.storage)
 
     @cached_property
     def data(self) -> Store:
         """The dataset that the runs train on."""
-        config = self.runs[0].config
-        return Store(config.data.url, config.storage)
+        return Store(self.config.data.url, self.config.storage)
 
     @cached_property
     def evaluation_data(self) -> Store:
@@ -111,34 +110,41 @@ class Study:
     @cached_property
     def evaluation(self) -> "EvaluateConfig":
         """How to measure each point, apart from the run."""
-        from pipeline.evaluate import EvaluateConfig
-
-        options = parse_flags(EvaluateConfig, [self.name, *self.evaluate], "The study's `evaluate:` section.")
+        options = _parse_evaluation(self.evaluate)
         if any(map(carries_credentials, self.evaluate)):
             fail_usage(InputError("evaluate: a URL there carries credentials, which would be recorded"))
         if not {"nll", "fid", "kid"}.issuperset(options.plan.metrics):
             fail_usage(InputError(f"evaluate.metrics: got {options.metrics!r}, expected comma-separated nll, fid, kid"))
-        return replace(options, storage=self.runs[0].config.storage)
+        return replace(options, storage=self.config.storage)
+
+    def measures_like(self, flags: Sequence[str]) -> bool:
+        """Whether recorded flags of pipeline.evaluate mean the same as the study's, in whatever order and words."""
+        if list(flags) == list(self.evaluate):
+            return True
+        recorded, expected = _parse_evaluation(tuple(flags)), _parse_evaluation(self.evaluate)
+        return recorded.plan.metrics == expected.plan.metrics and replace(recorded, metrics=expected.metrics) == expected
 
     @cached_property
     def runs(self) -> "list[Run]":
         """All runs, smallest first."""
-        made = []
-        seeds = self.seeds * (len(self.values) if len(self.seeds) == 1 else 1)
-        groups = [(b,) for b in self.budgets] if self.separate else [self.budgets]
-        for value, count in zip(self.values, seeds, strict=True):
-            base = ["--preset", self.preset, *self.train, f"--{self.axis.replace('_', '-')}", *value.split()]
-            config, _ = parse_train(base)
-            lr = self.lr / math.sqrt(config.model.channels / 128)
+        runs = []
+        counts = self.seeds * len(self.values) if len(self.seeds) == 1 else self.seeds
+        groups = [(budget,) for budget in self.budgets] if self.separate else [self.budgets]
+        for value, count in zip(self.values, counts, strict=True):
+            config = self._size(value)
             for (number, budgets), seed in product(enumerate(groups), range(count)):
-                name = f"{value.replace(' ', 'x')}{f'-{budgets[0]:.3g}' if self.separate else ''}-{seed}"
-                own: dict[str, Any] = {"out": f"{self.folder}/{name}", "seed": seed + 1000 * number, "lr": lr}
-                shown: dict[str, Any] = {"experiment": self.name, "name": name, "parent": self.parent}
-                flags = [*base, *(word for k, v in own.items() for word in (f"--{k}", str(v)))]
-                flags += [word for k, v in shown.items() for word in (f"--tracking.{k}", v)]
-                own["tracking"] = replace(config.tracking, **shown)
-                made.append(Run(name, value, budgets, tuple(flags), replace(config, **own)))
-        return made
+                budget = f"-{budgets[0]:.3g}" if self.separate else ""
+                name = f"{value.replace(' ', 'x')}{budget}-{seed}"
+                tracking = replace(config.tracking, experiment=self.name, name=name, parent=self.parent)
+                out = f"{self.folder}/{name}"
+                run = replace(config, out=out, seed=seed + 1000 * number, tracking=tracking)
+                runs.append(Run(name, value, budgets, run))
+        return runs
+
+    def _size(self, value: str) -> TrainConfig:
+        """Return what all runs of a size have in common."""
+        config, _ = parse_train(["--preset", self.preset, *self.train, as_flag(self.axis), *value.split()])
+        return replace(config, lr=self.lr / math.sqrt(config.model.channels / 128))
 
 
 @dataclass(frozen=True)
@@ -148,9 +154,8 @@ class Run:
     name: str
     value: str
     budgets: tuple[float, ...]
-    flags: tuple[str, ...]
-    """Flags of pipeline.train, except the horizon."""
     config: TrainConfig
+    """Its configuration, apart from the horizon."""
 
     @cached_property
     def store(self) -> Store:
@@ -158,31 +163,38 @@ class Run:
         return Store(self.config.out, self.config.storage)
 
     def at(self, budget: float) -> TrainConfig:
+        """Return the configuration with which it trains to a budget."""
         return replace(self.config, horizon=f"{budget!r}flops")
 
     def command(self, budget: float) -> list[str]:
-        return [sys.executable, "-m", "pipeline.train", *self.flags, "--horizon", f"{budget!r}flops"]
+        """Return the command that trains it to a budget."""
+        return [sys.executable, "-m", "pipeline.train", *flags_of(self.at(budget))]
 
     def point(self, budget: float) -> str:
         """Return the name of its measurement in the study's store."""
         return f"points/{self.name}-{budget:.4g}.json"
 
 
+@cache
+def _parse_evaluation(flags: tuple[str, ...]) -> "EvaluateConfig":
+    from pipeline.evaluate import EvaluateConfig
+
+    return parse_flags(EvaluateConfig, ["study", *flags], "The study's `evaluate:` section.")
+
+
 def load_study(path: Path) -> Study:
     """Read a study file; on an invalid field, print a message and exit with status 2."""
-    sections: dict[str, list[str]] = {"": [], "train": [], "evaluate": []}
-    section = ""
-    for word in file_flags(str(path)):
-        if word.startswith("--"):
-            section, _, name = word.removeprefix("--").partition(".")
-            if name and section in sections:
-                word = f"--{name.removeprefix('launch.')}"
-            else:
-                section = ""
-        sections[section].append(word)
-    study = parse_flags(Study, sections[""], f"{Study.__doc__} ({path})")
+    sections: dict[str, dict[str, Any]] = {"": {}, "train": {}, "evaluate": {}}
+    for name, value in file_fields(str(path)).items():
+        section, _, field = name.partition(".")
+        if field and section in sections:
+            sections[section][field] = value
+        else:
+            sections[""][name] = value
+    flags, train, evaluate = (tuple(to_flags(fields)) for fields in sections.values())
+    study = parse_flags(Study, flags, f"{Study.__doc__} ({path})")
     try:
-        return replace(study, train=tuple(sections["train"]), evaluate=tuple(sections["evaluate"]))
+        return replace(study, train=train, evaluate=evaluate)
     except UserError as error:
         fail_usage(error)
 

@@ -106,6 +106,10 @@ class Checkpoints:
             print(f"warning: {problem}; skipping it", flush=True)
         return found
 
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints, ascending."""
+        return sorted({record.step for record in self.records() if record.kind == "checkpoint"})
+
     def load(self, parts: tuple[str, ...] | None = None, step: int | None = None) -> tuple[Record, Parts] | None:
         """Load the newest intact checkpoint (or the one at `step`) and its parts; None if the run has no checkpoint.
 

@@ -5,7 +5,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,9 @@ class Shipper:
         with (self.folder / JOURNAL).open("rb") as file:
             head = json.loads(file.readline())
             if self._client is None:
-                client = connect(self.uri)
-                self.run_id = _run_of(client, head)
+                client, self.run_id = open_run(
+                    self.uri, head["experiment"], head["uid"], head["name"], head.get("parent")
+                )
                 if state.get("run_id") != self.run_id:
                     # Send everything except steps that another machine has sent, with other timestamps.
                     history = client.get_metric_history(self.run_id, "compute/train_flops")
@@ -108,14 +109,35 @@ class Shipper:
         return False
 
 
-def connect(uri: str) -> Any:
-    """Return an MlflowClient with short time-outs."""
+def update_parent(uri: str | None, experiment: str, uid: str, update: Callable[[Any, str], Any]) -> str | None:
+    """Call `update` with an MlflowClient and the id of the parent of an experiment's runs, unless there is no `uri`.
+
+    Returns why that failed, if it did: a failing tracking server must not stop its caller.
+    """
+    if uri is None:
+        return None
+    try:
+        update(*open_run(uri, experiment, uid, experiment))
+    except Exception as error:
+        return mask(str(error))
+    return None
+
+
+def open_run(uri: str, experiment: str, uid: str, name: str, parent: str | None = None) -> tuple[Any, str]:
+    """Return an MlflowClient with short time-outs, and the id of the run with this uid, created if necessary.
+
+    A new run is below the run with the uid `parent`, if given.
+    """
     # With MLflow's defaults (minutes), the last, bounded flush would never succeed.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow import MlflowClient
 
-    return MlflowClient(uri)
+    client = MlflowClient(uri)
+    tags = {}
+    if parent:
+        tags["mlflow.parentRunId"] = find_or_create_run(client, experiment, parent, experiment, {})
+    return client, find_or_create_run(client, experiment, uid, name, tags)
 
 
 def find_or_create_run(client: Any, experiment: str, uid: str, name: str, tags: dict[str, str]) -> str:
@@ -135,15 +157,6 @@ def find_or_create_run(client: Any, experiment: str, uid: str, name: str, tags: 
         return found[0].info.run_id
     run = client.create_run(experiment_id, tags={"iddpm.uid": uid, **tags}, run_name=name)
     return run.info.run_id
-
-
-def _run_of(client: Any, head: dict[str, Any]) -> str:
-    """Return the id of the MLflow run of the journal with this first record, below its parent if it has one."""
-    tags = {}
-    if head.get("parent"):
-        parent = find_or_create_run(client, head["experiment"], head["parent"], head["experiment"], {})
-        tags["mlflow.parentRunId"] = parent
-    return find_or_create_run(client, head["experiment"], head["uid"], head["name"], tags)
 
 
 def _send(client: Any, run_id: str, folder: Path, records: Sequence[dict[str, Any]], there: dict[int, int]) -> None:

@@ -3,13 +3,15 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
 from conftest import ROOT, run_train
 
-from pipeline.cli import parse_train
+from pipeline.cli import flags_of, parse_train
 from pipeline.config import (
+    LaunchConfig,
     StorageConfig,
     TrackingConfig,
     TrainConfig,
@@ -30,6 +32,28 @@ def test_a_preset_parses_to_itself_and_survives_its_record(name: str) -> None:
     assert config == PRESETS[name]
     assert not dry_run
     assert from_record(yaml.safe_load(yaml.safe_dump(record(config)))) == config
+
+
+CHANGED = replace(
+    PRESETS["imagenet64-cond"],
+    lr=1 / 3,
+    ema_rates=(0.99, 0.9999),
+    precision="bf16",
+    keep_every=None,
+    checkpoint_activations=True,
+    horizon="1e+18flops",
+    model=replace(PRESETS["imagenet64"].model, num_heads_upsample=2, scale_shift_norm=False, attention_resolutions=()),
+    diffusion=replace(PRESETS["imagenet64"].diffusion, rescale_timesteps=False, loss="kl"),
+    data=replace(PRESETS["imagenet64"].data, url="s3://bucket/a folder", random_flip=True),
+    storage=StorageConfig(endpoint_url="http://127.0.0.1:8333", profile="p", deadline_s=1e-05),
+    tracking=TrackingConfig(uri="none", experiment="a study", name="1x2-0", parent="0123", flush_s=0.0),
+    launch=LaunchConfig("ray", workers=4, device="cpu", compile=True),
+)
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), CHANGED])
+def test_a_configuration_is_what_its_flags_give(config: TrainConfig) -> None:
+    assert parse_train(flags_of(config)) == (config, False)
 
 
 def test_no_flags_is_the_digits_preset() -> None:

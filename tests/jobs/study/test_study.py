@@ -17,15 +17,18 @@ from laws import BUDGETS, grid
 from mlflow import MlflowClient
 
 from iddpm.config import UNetConfig
-from jobs.study import plan, report
+from jobs.study import plan
 from jobs.study.__main__ import main
+from jobs.study.figures import draw_figures
 from jobs.study.file import Study, load_study
-from jobs.study.plan import Plan
-from jobs.study.points import load_points
-from jobs.study.run import Execute, execute
-from jobs.study.status import Status, status
+from jobs.study.findings import Findings
+from jobs.study.plan import Plan, print_plan
+from jobs.study.points import Status, load_points, print_status
+from jobs.study.report import _page, write_report
+from jobs.study.run import RAY_ENV, Execute, execute
 from pipeline.cli import parse_train
 from pipeline.config import TrainConfig, record
+from pipeline.evaluation.measured import Measured
 from pipeline.hardware import count
 from pipeline.run.journal import read_journal
 from pipeline.storage.store import Store
@@ -61,7 +64,7 @@ def test_the_runs_of_a_study_file(tmp_path: Path) -> None:
         ({"budgets": [-1e10]}, "expected each a positive number"),
         ({"budgets": [1.001e10, 1.002e10]}, "expected budgets that differ in their first three digits"),
         ({"budgets": [2e10, 1e10], "separate": False}, "expected ascending budgets"),
-        ({"axis": "lr"}, "expected a field that sets the network's size"),
+        ({"axis": "lr"}, "expected a field of the network"),
         ({"train": {"seed": 3, "lr": 1e-3}}, "train: got --lr, --seed, which a study sets for each of its runs"),
         ({"evaluate": {"against": "runs/x"}}, "evaluate: got --against, which a study sets"),
         ({"evaluate": {"target_se": 0.01}}, "points with different numbers of images are not comparable"),
@@ -90,6 +93,23 @@ def test_networks_of_one_size_are_refused(tmp_path: Path, capsys) -> None:
     for command in ("plan", "run"):
         assert main([command, str(path)]) == 1
         assert "networks with equal numbers of parameters" in capsys.readouterr().err
+
+
+def test_a_study_file_that_is_missing_is_named_once(tmp_path: Path, capsys) -> None:
+    missing = tmp_path / "missing.yaml"
+    assert main(["plan", str(missing)]) == 1
+    assert capsys.readouterr().err == f"error: {missing}: No such file or directory\n"
+
+
+def test_points_are_measured_again_only_if_what_is_asked_for_changes(tmp_path: Path) -> None:
+    written = load_study(study_file(tmp_path, evaluate={"metrics": "nll,fid", "images": 4, "exact": True}))
+    reordered = load_study(study_file(tmp_path, evaluate={"exact": True, "images": 4, "metrics": "fid,nll", "seed": 0}))
+    other = load_study(study_file(tmp_path, evaluate={"metrics": "nll,fid", "images": 5, "exact": True}))
+    fewer = load_study(study_file(tmp_path, evaluate={"metrics": "nll", "images": 4, "exact": True}))
+    assert reordered.evaluate != written.evaluate
+    assert reordered.measures_like(written.evaluate)
+    assert not other.measures_like(written.evaluate)
+    assert not fewer.measures_like(written.evaluate)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +143,7 @@ def test_the_papers_sizes_are_counted_exactly(channels: int, parameters: int, ma
 def test_a_plan_counts_and_warns(tmp_path: Path, capsys, monkeypatch, digits: str) -> None:
     monkeypatch.setattr(plan, "journal_of", None)  # a plan for other hardware needs no store of the runs
     path = study_file(tmp_path, {"warmup_steps": 5, "ema_rates": [0.99], "data": {"url": digits}}, budgets=[1e10])
-    plan.plan(Plan(path, utilisation=0.5, price=2.0))
+    print_plan(Plan(path, utilisation=0.5, price=2.0))
     said = capsys.readouterr().out
     cost = count(load_study(path).runs[0].config)
     steps = math.ceil(1e10 / (16 * cost.train))
@@ -138,13 +158,15 @@ def test_a_plan_counts_and_warns(tmp_path: Path, capsys, monkeypatch, digits: st
         "below one epoch",
         "warm-up of 5 steps",
         "average over 100 steps",
-        "2 sizes",
-        "1 budgets",
-        "2 runs",
+        "needs 3 or more sizes; the study has 2",
+        "needs 4 budgets, and one more to hold out; the study has 1",
+        "needs 6 or more runs, L(C) 4 at its frontier; the study has 2",
     ):
         assert warning in said
     with pytest.raises(ValueError, match="expected one of a100"):
         Plan(path, hardware="abacus")
+    print_plan(Plan(path, hardware="A100"))
+    assert "A100, fp32 at 30.0% of 19.5 TFLOP/s (assumed)" in capsys.readouterr().out
 
 
 def test_what_slurm_and_ray_are_given(tmp_path: Path, capsys, digits: str, monkeypatch) -> None:
@@ -153,6 +175,7 @@ def test_what_slurm_and_ray_are_given(tmp_path: Path, capsys, digits: str, monke
     with pytest.raises(ValueError, match="--launcher slurm: sbatch is not installed here"):
         execute(Execute(path, launcher="slurm"))
     assert "warning: MLflow does not answer" in capsys.readouterr().out
+    assert "working_dir" in RAY_ENV.read_text()
     with pytest.raises(ValueError, match="a Ray job uploads"):
         execute(Execute(path, launcher="ray"))
     with pytest.raises(ValueError, match="expected 0 to 3"):
@@ -200,7 +223,7 @@ def test_a_study_interrupted_and_run_again(tmp_path: Path, digits: str, capsys) 
     assert (point.passport["n"], distance.passport["n"]) == (4, 16)
 
     capsys.readouterr()
-    report.report(loaded, str(tmp_path / "report"))
+    write_report(loaded, str(tmp_path / "report"))
     floor = json.loads((tmp_path / "report" / "fit.json").read_text())["fd_digits"]["real_images"]
     assert 0 < floor["value"] < distance.value
     assert (
@@ -211,7 +234,7 @@ def test_a_study_interrupted_and_run_again(tmp_path: Path, digits: str, capsys) 
 
     capsys.readouterr()
     assert execute(Execute(path)) == 0
-    status(Status(path))
+    print_status(Status(path))
     said = capsys.readouterr().out
     assert "1 of 1 runs are done" in said
     assert f"{point.value:.4f}  {distance.value:9.4f}" in said
@@ -243,7 +266,7 @@ def measured(tmp_path: Path) -> Study:
 def test_a_report(measured: Study, tmp_path: Path, capsys) -> None:
     largest = measured.runs[-1].config
     Store(largest.out).write("samples/samples-0000001.png", b"a picture")
-    report.report(measured, str(tmp_path / "r"))
+    write_report(measured, str(tmp_path / "r"))
     said = capsys.readouterr().out
     assert "alpha" in said
     assert re.search(r"L\(N, D\) .* FLOPs: predicted .* measured .*: (inside|OUTSIDE)", said)
@@ -260,13 +283,40 @@ def test_a_report(measured: Study, tmp_path: Path, capsys) -> None:
     assert low < value < high
 
 
+def test_a_report_shows_names_from_files_as_text(measured: Study, tmp_path: Path) -> None:
+    """Metrics and runs are named in files of a store, which others may write."""
+    for run in measured.runs:
+        name = run.point(run.budgets[0])
+        content = json.loads(measured.store.read(name))
+        content["points"] = [point | {"name": "<b>fd</b>", "run": "<i>r</i>"} for point in content["points"][:1]]
+        measured.store.write(name, json.dumps(content).encode())
+    findings = Findings(load_points(measured)["<b>fd</b>"])
+    page = _page(measured, [findings], tmp_path)
+    assert "<h2>&lt;b&gt;fd&lt;/b&gt;</h2>" in page
+    assert "&lt;i&gt;r&lt;/i&gt;" in page
+    assert not re.search("<[bi]>", page)
+
+
+def test_a_caption_describes_only_what_is_drawn(measured: Study) -> None:
+    points = load_points(measured)["fd_digits"]
+    findings = Findings(points)
+    _, caption = draw_figures(findings)["frontier"]
+    assert "square" in caption
+    assert "dotted" not in caption
+    few = Findings([p for p in points if p.budget < BUDGETS[2]], Measured("fd_digits", 1.0, 0, {}))
+    _, caption = draw_figures(few)["frontier"]
+    assert "line and band" not in caption
+    assert "square" not in caption
+    assert "dotted: the same number of real images" in caption
+
+
 def test_a_report_says_what_it_refuses(measured: Study) -> None:
     few = [p for p in load_points(measured)["nll"] if p.budget < BUDGETS[2] and p.parameters < 1e7]
-    findings = report.Findings(few)
+    findings = Findings(few)
     assert not findings.fits
     assert "expected 4 or more" in findings.refused["L(C)"]
     assert "refused: L(C)" in findings.text()
-    assert set(report.figures(findings)) == {"frontier", "isoflop"}
+    assert set(draw_figures(findings)) == {"frontier", "isoflop"}
 
 
 def test_a_changed_passport_is_refused(measured: Study, tmp_path: Path, capsys) -> None:
@@ -274,9 +324,9 @@ def test_a_changed_passport_is_refused(measured: Study, tmp_path: Path, capsys) 
     content = json.loads(measured.store.read(name))
     content["points"][0]["passport"]["n"] = 32
     measured.store.write(name, json.dumps(content).encode())
-    report.report(measured, None)
+    write_report(measured, None)
     said = capsys.readouterr().out
     assert re.search(r"refused: nll: .* not comparable: they differ in n: 32 and 64", said)
     assert "fd_digits: 25 points" in said
     with pytest.raises(ValueError, match="no points to fit"):
-        report.report(load_study(study_file(tmp_path)), None)
+        write_report(load_study(study_file(tmp_path)), None)
