@@ -40,8 +40,7 @@ from pipeline.evaluation.measured import Measured
 from pipeline.evaluation.nll import Nll, NllPlan, measure_nll
 from pipeline.evaluation.resumable import Block, Blocks
 from pipeline.model import Trained, image_shape, load_trained
-from pipeline.run.journal import fetch_journal, journal_dir, put_evaluation, read_journal, run_name, statuses
-from pipeline.run.tracker import Tracker
+from pipeline.run.journal import Journal, put_evaluation, read_journal, run_name, statuses
 from pipeline.sample import write_out
 from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
@@ -340,26 +339,14 @@ def _index(data: Store, split: str, runs: Sequence[TrainConfig]) -> ShardIndex:
 
 def track(trained: Trained, found: Sequence[Measured], run: Store, tracking: TrackingConfig) -> None:
     """Log values to the run's journal, and through it to MLflow; the run keeps its status there."""
-    folder = journal_dir(run)
-    fetch_journal(run, folder)
-    meta = trained.meta
-    told = statuses(read_journal(folder))
-    tracker = Tracker(
-        folder,
-        tracking,
-        uid=meta["uid"],
-        name=tracking.name or run_name(run.url),
-        run_config=record(trained.config),
-        dataset={
-            "url": trained.config.data.url,
-            "name": run_name(trained.config.data.url),
-            "digest": meta["dataset_digest"] or "unknown",
-        },
-    )
-    line = tracker.evaluation(trained.step, *logged(trained, found))
+    url, meta = trained.config.data.url, trained.meta
+    dataset = {"url": url, "name": run_name(url), "digest": meta["dataset_digest"] or "unknown"}
+    journal = Journal(run, tracking, uid=meta["uid"], config=record(trained.config), dataset=dataset)
+    history = statuses(read_journal(journal.folder))
+    line = journal.evaluation(trained.step, *logged(trained, found))
     if run.local is None:
         put_evaluation(run, line)
-    tracker.close(told[-1] if told else "FINISHED")
+    journal.close(history[-1] if history else "FINISHED")
 
 
 def logged(trained: Trained, found: Sequence[Measured]) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:

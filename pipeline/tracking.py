@@ -32,21 +32,25 @@ def main() -> None:
     config = parse_flags(ShipConfig, sys.argv[1:], ShipConfig.__doc__ or "")
     try:
         run = Store(config.run, config.storage)
-        folder = journal_dir(run)
-        if run.local is None:
-            fetch_journal(run, folder)
-            for record in read_journal(folder):
-                if record["kind"] == "image" and not (picture := folder / record["file"]).exists():
-                    picture.parent.mkdir(exist_ok=True)
-                    with contextlib.suppress(FileNotFoundError):
-                        picture.write_bytes(run.read(record["file"]))
-        if not (folder / JOURNAL).exists():
+        journal = journal_dir(run) / JOURNAL
+        fetch_journal(run, journal.parent)
+        if not journal.exists():
             raise InputError(f"{run}: got no {JOURNAL}, expected the --out of a run")
+        if run.local is None:
+            _fetch_images(run, Store(journal.parent))
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    shipper = Shipper(folder, TrackingConfig(uri=config.uri, flush_s=config.wait_s))
+    shipper = Shipper(journal, TrackingConfig(uri=config.uri, flush_s=config.wait_s))
     shipper.close()
     raise SystemExit(0 if shipper.done else 1)
+
+
+def _fetch_images(run: Store, folder: Store) -> None:
+    """Fetch the pictures that a remote run's journal names, unless they are gone."""
+    for record in read_journal(folder):
+        if record["kind"] == "image" and not folder.exists(record["file"]):
+            with contextlib.suppress(FileNotFoundError):
+                folder.write(record["file"], run.read(record["file"]))
 
 
 if __name__ == "__main__":
