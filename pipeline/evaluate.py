@@ -39,7 +39,7 @@ from pipeline.evaluation.image_quality import (
 from pipeline.evaluation.measured import Measured
 from pipeline.evaluation.nll import Nll, NllPlan, measure_nll
 from pipeline.evaluation.resumable import Block, Blocks
-from pipeline.model import Trained, image_shape, load_trained
+from pipeline.model import Trained, load_trained
 from pipeline.run.journal import Journal, put_evaluation, read_journal, run_name, statuses
 from pipeline.sample import write_out
 from pipeline.storage.backends import StorageConfig
@@ -331,9 +331,9 @@ def image_tools(
 def _index(data: Store, split: str, runs: Sequence[TrainConfig]) -> ShardIndex:
     index = load_index(data, split)
     for run in runs:
-        expected = image_shape(run)
-        if index.shape != expected:
-            raise InputError(f"{data}: got images of {index.shape} (channels, height, width), expected {expected}")
+        if index.shape != run.image_shape:
+            shapes = f"got images of {index.shape} (channels, height, width), expected {run.image_shape}"
+            raise InputError(f"{data}: {shapes}")
     return index
 
 

@@ -201,16 +201,16 @@ def train_step(state: TrainState, batch: Batch, world: World) -> None:
 
 def to_device(batch: Batch, index: Tensor, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Move a batch to the device: images in [-1, 1], randomly flipped, and labels (None if unconditional)."""
-    gpu = device.type == "cuda"  # which copies from pinned memory without waiting
-    images = batch.images.pin_memory() if gpu else batch.images
-    x = from_uint8(images.to(device, non_blocking=True), input_dtype(config))
+
+    def move(tensor: Tensor) -> Tensor:
+        # A GPU copies from pinned memory without waiting.
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+    x = from_uint8(move(batch.images), input_dtype(config))
     if config.data.random_flip:
         flip = uniform(stream_key(config.seed, "flip"), index) < 0.5
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-    if config.model.num_classes is None:
-        return x, None
-    labels = batch.labels.pin_memory() if gpu else batch.labels
-    return x, labels.to(device, non_blocking=True)
+    return x, None if config.model.num_classes is None else move(batch.labels)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

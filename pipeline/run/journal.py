@@ -59,6 +59,8 @@ class Journal:
         for record in records:
             if "step" in record:
                 self.last[record["kind"]] = max(record["step"], self.last.get(record["kind"], -1))
+        self.died = statuses(records)[-1:] == [None]
+        """Whether the attempt before this one died."""
         self._file = self.path.open("ab+")
         _cut_torn_line(self._file)
         if not records:
@@ -66,6 +68,10 @@ class Journal:
             head = {"uid": self.uid, "name": name, "experiment": tracking.experiment, "parent": tracking.parent}
             self._append("run", **head, config=config, dataset=dataset)
         self.shipper = None if tracking.uri == "none" else Shipper(self.path, tracking)
+
+    def owes(self, kind: str, step: int) -> bool:
+        """Whether an attempt that died has left this record of a step to this attempt."""
+        return self.died and self.last.get(kind, 0) < step
 
     def tags(self, tags: dict[str, str]) -> None:
         """Record facts about this attempt that may differ between attempts, such as the world size."""

@@ -49,6 +49,10 @@ class Recorder:
     def check(self) -> None:
         """Raise the error of an earlier `save`, if any; cheap enough to call at every step."""
 
+    def owes(self, kind: str, step: int) -> bool:  # noqa: ARG002
+        """Whether an attempt that died has left this record of a step to this attempt."""
+        return False
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Add a log line's metrics to the history."""
 
@@ -79,7 +83,8 @@ class RunRecorder(Journal, Recorder):
     """
 
     def __init__(self, config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any], world: World) -> None:
-        super().__init__(run, **_head(config, index, meta))
+        dataset = {"url": config.data.url, "name": index.source, "digest": index.digest}
+        super().__init__(run, config.tracking, uid=meta.get("uid"), config=record(config), dataset=dataset)
         self.config = config
         self.writer = Checkpoints(run).claim({"launcher": world.launcher, "world_size": world.size})
         self.tags(
@@ -139,16 +144,7 @@ def recording(
         raise
 
 
-def settle(config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any]) -> None:
-    """Mark a run FINISHED whose last attempt died between its last checkpoint and its end."""
+def unfinished(run: Store) -> bool:
+    """Whether the run's last attempt died or failed, perhaps between its last checkpoint and its end."""
     history = statuses(read_journal(run))
-    if history and history[-1] != "FINISHED":
-        journal = Journal(run, **_head(config, index, meta))
-        journal.close("FINISHED")
-        journal.copy()
-
-
-def _head(config: TrainConfig, index: ShardIndex, meta: dict[str, Any]) -> dict[str, Any]:
-    """Return what identifies the run's journal; `meta` is its newest checkpoint's, if it has one."""
-    dataset = {"url": config.data.url, "name": index.source, "digest": index.digest}
-    return {"tracking": config.tracking, "uid": meta.get("uid"), "config": record(config), "dataset": dataset}
+    return bool(history) and history[-1] != "FINISHED"
