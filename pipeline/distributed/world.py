@@ -109,6 +109,10 @@ class World:
         dist.all_gather_object(values, value, group=self._control)
         return values
 
+    def start_gather(self, shares: torch.Tensor, n: int) -> "Gather":
+        """Start collecting each rank's `share(n)` of a device tensor [n]; never blocks the host."""
+        return Gather(self, shares, n)
+
     # --------------------------------------------- work that may take long: who does it, who gets the results
 
     def on_all_ranks(self, call: Callable[[], T]) -> list[T]:
@@ -149,10 +153,6 @@ class World:
             value = result.result() if done else None  # raises the call's error at once
             if all(self.gather(done)):
                 return value  # type: ignore[return-value]
-
-    def start_gather(self, shares: torch.Tensor, n: int) -> "Gather":
-        """Start collecting each rank's `share(n)` of a device tensor [n]; never blocks the host."""
-        return Gather(self, shares, n)
 
     # --------------------------------------------------------------------------------- signals
 
