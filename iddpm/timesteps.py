@@ -75,22 +75,26 @@ class LossSecondMomentSampler:
         # Integer cumulative sums are deterministic and equal on every device.
         edges = (p * 2.0**52).long().cumsum(0)
         t = torch.searchsorted(edges, (u * edges[-1]).long(), right=True)
+        t = t.clamp(max=self.num_timesteps - 1)  # if the losses' squares overflow, no edge is meaningful
         return t, (1 / (self.num_timesteps * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Record losses[i] for timestep t[i] (both [n]), as if one after the other.
+        """Record losses[i] for timestep t[i] (both [n]), as if one after the other; ignore those that are not finite.
 
         To stay in sync, every rank must record the whole global batch in the same order.
         """
         slots = self.history.shape[1]
-        by_t, order = t.sort(stable=True)
-        starts = torch.searchsorted(by_t, torch.arange(self.num_timesteps + 1, device=t.device))
+        nowhere = self.num_timesteps  # sorted behind all timesteps
+        by_t, order = torch.where(losses.isfinite(), t, nowhere).sort(stable=True)
+        starts = torch.searchsorted(by_t, torch.arange(nowhere + 1, device=t.device))
         added = starts.diff()
         # Each loss is the nth of its timestep in this batch.
         nth = torch.arange(len(t), device=t.device) - starts[by_t]
-        slot = by_t * slots + (self.counts[by_t] + nth) % slots
+        row = by_t.clamp(max=nowhere - 1)
+        slot = row * slots + (self.counts[row] + nth) % slots
         # Writes to the same slot have no defined order: a loss that this batch itself overwrites goes to a spare slot.
-        slot = torch.where(nth >= added[by_t] - slots, slot, self.history.numel())
+        kept = (by_t < nowhere) & (nth >= added[row] - slots)
+        slot = torch.where(kept, slot, self.history.numel())
         flat = torch.cat([self.history.flatten(), self.history.new_zeros(1)])
         self.history = flat.scatter(0, slot, losses[order].to(flat.dtype))[:-1].view_as(self.history)
         self.counts = self.counts + added

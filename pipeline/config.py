@@ -164,6 +164,11 @@ class TrainConfig:
         return check_metrics(self.eval_metrics, "--eval-metrics")
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.model.in_channels, self.model.image_size, self.model.image_size
+
+    @property
     def out_channels(self) -> int:
         """Output channels of the network: a mean and, if it is learned, a variance."""
         return self.diffusion.out_channels(self.model.in_channels)

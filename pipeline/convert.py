@@ -33,7 +33,7 @@ def convert(path: str, config: TrainConfig) -> None:
     run = Store(config.out, config.storage)
     run.check(write=True, once=True)
     checkpoints = Checkpoints(run)
-    if any(r.kind == "checkpoint" for r in checkpoints.records()):
+    if checkpoints.committed():
         raise InputError(f"--out {config.out}: already has a checkpoint; give another")
     meta = {
         "images": 0,

@@ -1,4 +1,4 @@
-"""The training loop. `train` reads top to bottom: stop?, batch, step, EMA, log, samples, evaluation, checkpoint.
+"""The training loop. `train` reads top to bottom: stop?, batch, step, EMA, log, checkpoint, samples, evaluation.
 
 What a step computes depends on each sample's position in the run (one integer), never on the rank or microbatch that
 processes it, so any number of workers trains the same run, except for dropout masks, which each rank draws itself.
@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from pipeline.config import TrainConfig, horizon_steps
@@ -22,13 +21,13 @@ from pipeline.data.shards import ShardIndex, load_index
 from pipeline.data.stream import Batch, stream
 from pipeline.distributed.world import World
 from pipeline.drawing import Recipe, draw
-from pipeline.errors import InputError
+from pipeline.errors import InputError, UserError
 from pipeline.evaluation.measure import EvaluationPlan, ImagePlan, logged, measure
 from pipeline.evaluation.nll import NllPlan
 from pipeline.hardware import device_name, peak_flops
 from pipeline.images import grid_png
-from pipeline.model import Trained, image_shape, with_weights
-from pipeline.run.recorder import Recorder, load_newest, recording, settle
+from pipeline.model import Trained, with_weights
+from pipeline.run.recorder import Recorder, load_newest, recording, unfinished
 from pipeline.step import TrainState, learning_rate, train_step
 from pipeline.storage.store import Store
 
@@ -47,13 +46,10 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
     index = _load_data(config, data, world)
     state, meta = _resume(config, run, index, world)
     steps = horizon_steps(config, state.flops_per_image)
-    world.say(
-        f"{config.out}: {f'resuming at step {state.step} of {steps}' if meta else f'starting, {steps} steps'}"
-        f"; launcher {world.launcher}, {world.size} x {device_name(world.device)}"
-    )
-    if state.step >= steps:
-        if state.step == steps:
-            world.only_on_rank0(lambda: settle(config, run, index, meta))
+    start = f"resuming at step {state.step} of {steps}" if meta else f"starting, {steps} steps"
+    devices = f"{world.size} x {device_name(world.device)}"
+    world.say(f"{config.out}: {start}; launcher {world.launcher}, {devices}")
+    if state.step > steps or (state.step == steps and not world.on_rank0(lambda: unfinished(run))):
         world.say(f"already complete at step {state.step}; extend --horizon to continue")
         return "finished"
 
@@ -66,7 +62,20 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
             """Whether it is time for what happens every so many steps (0: never before the end) and at the end."""
             return state.step == steps or (every > 0 and state.step % every == 0)
 
+        views = [("image", config.sample_every, partial(_draw_grid, state, recorder, world))]
+        if config.eval_every:
+            views.append(("evaluation", config.eval_every, partial(_evaluate, state, recorder, data, world)))
+
+        def look(only_owed: bool = False) -> None:
+            """Draw and evaluate if it is time; with `only_owed`, what an attempt that died has left to this one."""
+            for kind, every, view in views:
+                if due(every) and (not only_owed or world.broadcast_object(recorder.owes(kind, state.step))):
+                    with _optional(kind, state, world):
+                        view()
+
         with closing(bar), closing(batches):
+            with clock.stopped():
+                look(only_owed=True)
             while state.step < steps:
                 # Is another attempt, a failed upload or a signal in the way?
                 world.at(state.step)
@@ -89,7 +98,7 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
                     digests = world.gather(int(state.sampler.digest()))
                     assert len(set(digests)) == 1, f"step {state.step}: the timestep samplers differ: {digests}"
 
-                # What a person looks at, and what the next start needs.
+                # What a person looks at.
                 if due(config.log_every):
                     state.means.check_finite(world)
                     values = state.means.read(world) | clock.read(state)
@@ -97,13 +106,12 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
                     _show(bar, state.step, steps, values, world)
                     if report:
                         report(state.step, values)
+
+                # What the next start needs comes first: it does not depend on whether the rest succeeds.
                 with clock.stopped():
-                    if due(config.sample_every):
-                        _draw_grid(state, recorder, world)
-                    if config.eval_every and due(config.eval_every):
-                        _evaluate(state, recorder, data, world)
                     if due(config.checkpoint_every):
                         _checkpoint(state, recorder, index, world)
+                    look()
         world.only_on_rank0(recorder.end)
     world.say(f"finished at step {state.step}: {config.out}")
     return "finished"
@@ -120,16 +128,14 @@ def _load_data(config: TrainConfig, data: Store, world: World) -> ShardIndex:
                 f"--eval-metrics: got {config.eval_metrics}, expected nll: the data have no class labels, on which the"
                 " network for image metrics is trained; use pipeline.evaluate for the others"
             )
-    model = config.model
-    if index.shape != image_shape(config):
+    if index.shape != config.image_shape:
         raise InputError(
             f"--data.url {config.data.url}: its images are {index.shape} (channels, height, width), expected"
-            f" {image_shape(config)} by --model.in-channels and --model.image-size"
+            f" {config.image_shape} by --model.in-channels and --model.image-size"
         )
-    if model.num_classes is not None and model.num_classes < index.num_classes:
-        raise InputError(
-            f"--model.num-classes: got {model.num_classes}, expected at least the {index.num_classes} of the data"
-        )
+    classes = config.model.num_classes
+    if classes is not None and classes < index.num_classes:
+        raise InputError(f"--model.num-classes: got {classes}, expected at least the {index.num_classes} of the data")
     if config.batch_size < world.size:
         raise InputError(f"--batch-size: got {config.batch_size}, expected at least one image for {world.size} ranks")
     return index
@@ -181,15 +187,24 @@ def _checkpoint(state: TrainState, recorder: Recorder, index: ShardIndex, world:
             recorder.epoch(epoch, digest)
             del state.epoch_digests[epoch]
 
-    meta = {
-        "images": state.images,
-        "train_flops": state.flops,
-        "dataset_digest": index.digest,
-        "epoch_digests": state.epoch_digests,
-        "world_size": world.size,
-        "torch": torch.__version__,
-    }
-    world.only_on_rank0(lambda: recorder.save(state.step, state.parts(), meta))  # the others wait for the upload
+    progress = {"images": state.images, "train_flops": state.flops, "epoch_digests": state.epoch_digests}
+    # The others wait for the upload of the checkpoint before.
+    world.only_on_rank0(lambda: recorder.save(state.step, state.parts(), progress))
+
+
+@contextmanager
+def _optional(kind: str, state: TrainState, world: World) -> Iterator[None]:
+    """Make a failure of something that training does not need a warning, after which the run goes on.
+
+    Of several ranks only one may have failed, and is then out of step with the others: there the run ends. It resumes
+    after this step, whose checkpoint, if due, is already taken.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if world.size > 1:
+            raise
+        tqdm.write(f"warning: step {state.step} has no {kind}: {error}")
 
 
 @contextmanager
@@ -197,9 +212,11 @@ def _average(state: TrainState) -> Iterator[Trained]:
     """The model with the first moving average, in eval mode and not compiled: other shapes would recompile it."""
     config, rate = state.config, state.config.ema_rates[0]
     state.model.eval().fuse(False)
-    model = with_weights(state.model, state.ema.weights(rate))
-    yield Trained(config, state.step, {"train_flops": state.flops}, rate, model)
-    state.model.train().fuse(state.config.launch.compile)
+    try:
+        model = with_weights(state.model, state.ema.weights(rate))
+        yield Trained(config, state.step, {"train_flops": state.flops}, rate, model)
+    finally:
+        state.model.train().fuse(config.launch.compile)
 
 
 def _draw_grid(state: TrainState, recorder: Recorder, world: World) -> None:
@@ -208,8 +225,7 @@ def _draw_grid(state: TrainState, recorder: Recorder, world: World) -> None:
     recipe = Recipe("ancestral", config.sample_steps, 0.0, config.seed)
     with _average(state) as trained:
         images = draw(trained, recipe, config.sample_count, world, batch_size=config.microbatch or 64)
-    if images is not None:  # on rank 0
-        png = grid_png(images.numpy())
+    png = grid_png(images.numpy()) if images is not None else b""  # on rank 0
     world.only_on_rank0(lambda: recorder.image(state.step, "samples", png))
 
 
@@ -259,10 +275,7 @@ class Clock:
 
 def _show(bar: Any, step: int, steps: int, values: dict[str, float], world: World) -> None:
     """Show values in the progress bar in a terminal, or as a plain line in a log file."""
-    shown = {
-        "loss": f"{values['train/loss']:.4f}",
-        "mse": f"{values['train/mse']:.4f}",
-        "vb": f"{values['train/vb']:.4f}",
+    shown = {name: f"{values[f'train/{name}']:.4f}" for name in ("loss", "mse", "vb")} | {
         "grad": f"{values['train/grad_norm']:.3f}",
         "img/s": f"{values['train/images_per_second']:.0f}",
         "util": f"{values['compute/utilization']:.1%}",

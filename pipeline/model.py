@@ -38,7 +38,8 @@ class Trained:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return image_shape(self.config)
+        """(C, H, W) of its images."""
+        return self.config.image_shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,11 +50,6 @@ class Trained:
 def input_dtype(config: TrainConfig) -> torch.dtype:
     """Return the dtype of a network's input images: autocast makes them bf16."""
     return torch.float64 if config.precision == "fp64" else torch.float32
-
-
-def image_shape(config: TrainConfig) -> tuple[int, int, int]:
-    """Return the shape (C, H, W) of a run's images."""
-    return config.model.in_channels, config.model.image_size, config.model.image_size
 
 
 def load_trained(
@@ -70,27 +66,28 @@ def load_trained(
     --compile does. Raises InputError if the run has no checkpoint or no such average.
     """
     checkpoints = Checkpoints(run)
-    records = [r for r in checkpoints.records() if r.kind == "checkpoint"]
-    if not records:
+    committed = checkpoints.committed()
+    if not committed:
         raise InputError(f"{run}: got no checkpoint, expected the --out of a training run")
-    rates = from_record(records[-1].meta["config"]).ema_rates
+    rates = from_record(committed[-1].meta["config"]).ema_rates
     rate = rates[0] if ema_rate is None else ema_rate
     if rate not in (0, *rates):
         raise InputError(f"--ema-rate: got {rate}, expected {', '.join(map(str, rates))}, or 0 for the weights")
+
+    # Rank 0 chooses the checkpoint for all ranks: another may be committed meanwhile.
     part = ema_part(rate) if rate else "model"
-    found = world.only_on_rank0(lambda: checkpoints.load(parts=(part,), step=step))
-    # Rank 0 chooses for all ranks: another checkpoint may be committed meanwhile.
-    chosen = world.broadcast_object(found[0].step if found else None)
-    found = found or checkpoints.load(parts=(part,), step=chosen)
-    assert found, "there are records"
-    record, parts = found
-    config = from_record(record.meta["config"])
+    loaded = world.only_on_rank0(lambda: checkpoints.load((part,), step))
+    chosen = world.broadcast_object(loaded[0].step if loaded else None)
+    loaded = loaded or checkpoints.load((part,), chosen)
+    assert loaded, "there are checkpoints"
+    checkpoint, parts = loaded
+
+    config = from_record(checkpoint.meta["config"])
     model = build_model(config)
     model.load_state_dict(parts[part])
-    if fuse:
-        model.fuse()
-    digest = record.parts[part]["sha256"]
-    return Trained(config, record.step, record.meta, rate, model.to(world.device).eval(), digest)
+    model.fuse(fuse)
+    model.to(world.device).eval()
+    return Trained(config, checkpoint.step, checkpoint.meta, rate, model, checkpoint.parts[part]["sha256"])
 
 
 def build_model(config: TrainConfig) -> UNet:

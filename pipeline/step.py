@@ -169,10 +169,11 @@ def train_step(state: TrainState, batch: Batch, world: World) -> None:
     if config.model.dropout:
         torch.manual_seed(stream_key(config.seed, "dropout", state.step, world.rank))
 
+    # Forward and backward, a microbatch at a time.
     x, y = to_device(batch, index, config, world.device)
     size = config.microbatch or len(x)
     cuts = [slice(start, start + size) for start in range(0, len(x), size)]
-    seen: list[Tensor] = []
+    done: list[Tensor] = []
     for cut in cuts:
         last = cut is cuts[-1]
         noise = normal(stream_key(config.seed, "noise"), index[cut], x.shape[1:]).to(x.dtype)
@@ -182,36 +183,39 @@ def train_step(state: TrainState, batch: Batch, world: World) -> None:
                 losses = state.diffusion.training_losses(
                     state.network, x[cut], t[cut], noise, y if y is None else y[cut]
                 )
-            seen.append(losses.loss.detach())
+            done.append(losses.loss.detach())
             quartile = t[cut] * QUARTILES // config.diffusion.timesteps
             state.means.add(quartile, weights[cut], list(losses))
             if last and state.sampler.needs_losses:  # overlaps the backward pass
-                gather = world.start_gather(torch.cat(seen), n)
+                gather = world.start_gather(torch.cat(done), n)
             # DDP averages over the ranks: undo its division, so that all images weigh the same in uneven shares.
             (losses.loss * weights[cut]).sum().mul(world.size / n).backward()
 
+    # The update of the weights.
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in state.params.values() if p.grad is not None])
     state.step += 1
     state.means.add_step(state.step, grad_norm)
     state.optimizer.step()
+
+    # The update of the timestep sampler, by the losses of the whole batch.
     if state.sampler.needs_losses:
         state.sampler.update(all_t, gather.wait())
 
 
 def to_device(batch: Batch, index: Tensor, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Move a batch to the device: images in [-1, 1], randomly flipped, and labels (None if unconditional)."""
-    gpu = device.type == "cuda"  # which copies from pinned memory without waiting
-    images = batch.images.pin_memory() if gpu else batch.images
-    x = from_uint8(images.to(device, non_blocking=True), input_dtype(config))
+
+    def move(tensor: Tensor) -> Tensor:
+        # A GPU copies from pinned memory without waiting.
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+    x = from_uint8(move(batch.images), input_dtype(config))
     if config.data.random_flip:
         flip = uniform(stream_key(config.seed, "flip"), index) < 0.5
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-    if config.model.num_classes is None:
-        return x, None
-    labels = batch.labels.pin_memory() if gpu else batch.labels
-    return x, labels.to(device, non_blocking=True)
+    return x, None if config.model.num_classes is None else move(batch.labels)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

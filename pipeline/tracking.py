@@ -32,22 +32,26 @@ def main() -> None:
     config = parse_flags(ShipConfig, sys.argv[1:], ShipConfig.__doc__ or "")
     with errors_exit():
         run = Store(config.run, config.storage)
-        folder = journal_dir(run)
-        if run.local is None:
-            fetch_journal(run, folder)
-            for record in read_journal(folder):
-                if record["kind"] == "image" and not (picture := folder / record["file"]).exists():
-                    picture.parent.mkdir(exist_ok=True)
-                    with contextlib.suppress(FileNotFoundError):
-                        picture.write_bytes(run.read(record["file"]))
-        if not (folder / JOURNAL).exists():
+        journal = journal_dir(run) / JOURNAL
+        fetch_journal(run, journal.parent)
+        if not journal.exists():
             raise InputError(f"{run}: got no {JOURNAL}, expected the --out of a run")
         uri = TrackingConfig(uri=config.uri).mlflow_uri
         if uri is None:
             raise InputError("--uri: got none, here or in $MLFLOW_TRACKING_URI, expected where to send the history")
-    shipper = Shipper(folder, uri, config.wait_s)
+        if run.local is None:
+            _fetch_images(run, Store(journal.parent))
+    shipper = Shipper(journal, uri, config.wait_s)
     shipper.close()
     raise SystemExit(0 if shipper.done else 1)
+
+
+def _fetch_images(run: Store, folder: Store) -> None:
+    """Fetch the pictures that a remote run's journal names, unless they are gone."""
+    for record in read_journal(folder):
+        if record["kind"] == "image" and not folder.exists(record["file"]):
+            with contextlib.suppress(FileNotFoundError):
+                folder.write(record["file"], run.read(record["file"]))
 
 
 if __name__ == "__main__":

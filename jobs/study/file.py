@@ -122,7 +122,9 @@ class Study:
         if list(flags) == list(self.evaluate):
             return True
         recorded, expected = _parse_evaluation(tuple(flags)), _parse_evaluation(self.evaluate)
-        return recorded.plan.metrics == expected.plan.metrics and replace(recorded, metrics=expected.metrics) == expected
+        return (
+            recorded.plan.metrics == expected.plan.metrics and replace(recorded, metrics=expected.metrics) == expected
+        )
 
     @cached_property
     def runs(self) -> "list[Run]":

@@ -36,22 +36,34 @@ def detect_launcher(env: Mapping[str, str] = os.environ) -> str:
     return "local"
 
 
+def _launcher(config: LaunchConfig) -> str:
+    return detect_launcher() if config.launcher == "auto" else config.launcher
+
+
 def connect(config: LaunchConfig) -> World:
     """Join the other processes of this launch. Raises InputError if the launcher or the device is unavailable."""
-    launcher = detect_launcher() if config.launcher == "auto" else config.launcher
+    launcher = _launcher(config)
     if launcher == "local":
         return World(device=pick_device(config.device, 0), timeout_s=config.timeout_s)
+
+    # Who am I? The launcher says so.
+    place = {"torchrun": _torchrun, "mpi": _mpi, "slurm": _slurm}[launcher]
     try:
-        rank, size, local_rank, local_size = {"torchrun": _torchrun, "mpi": _mpi, "slurm": _slurm}[launcher]()
+        rank, size, local_rank, local_size = place()
     except KeyError as missing:
         message = f"--launcher {launcher}: its variable {missing} is not set; start this process with that launcher"
         raise InputError(message) from None
-    wanted = config.device
-    if launcher == "slurm" and wanted == "auto" and (gpus := int(os.environ.get("SLURM_GPUS_ON_NODE", 0))):
-        wanted = "cuda"  # a node whose GPUs have failed must not join the others with its CPU
+
+    # On which device?
+    name = config.device
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)) if launcher == "slurm" else 0
+    if gpus and name == "auto":
+        name = "cuda"  # a node whose GPUs have failed must not join the others with its CPU
         if gpus < local_size:
             raise InputError(f"--ntasks-per-node: got {local_size}, expected {gpus}, the job's GPUs on this node")
-    device = pick_device(wanted, local_rank)
+    device = pick_device(name, local_rank)
+
+    # With whom?
     if size > 1:
         join(config, rank, size, device)
     return World(rank, size, local_rank, local_size, launcher, device, config.timeout_s)
@@ -142,8 +154,7 @@ def _first_host(nodelist: str) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("", 0))
+    with socket.create_server(("", 0)) as server:
         return server.getsockname()[1]
 
 
@@ -151,7 +162,7 @@ def run_main(body: Callable[[World], int | None], config: LaunchConfig) -> NoRet
     """Run a program's body on every rank; exit with its status (None: 0), or with 1 after printing an error."""
     world: World | None = None
     try:
-        if (detect_launcher() if config.launcher == "auto" else config.launcher) == "ray":
+        if _launcher(config) == "ray":
             from pipeline.distributed.ray import run_under_ray
 
             raise SystemExit(run_under_ray(body, config))
@@ -174,13 +185,13 @@ def leave(world: World | None, status: int) -> NoReturn:
     """Exit this process with a status; under mpirun, a failed process aborts the others."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if status:
-        if world and world.size > 1 and world.launcher == "mpi":
-            from mpi4py import MPI
+    if not status:
+        raise SystemExit(0)
+    if world and world.size > 1 and world.launcher == "mpi":
+        from mpi4py import MPI
 
-            if status != INTERRUPTED_STATUS:
-                MPI.COMM_WORLD.Abort(status)
-            MPI.Finalize()
-        # A normal exit would wait for threads that wait for peers, or for a store that does not answer.
-        os._exit(status)
-    raise SystemExit(status)
+        if status != INTERRUPTED_STATUS:
+            MPI.COMM_WORLD.Abort(status)
+        MPI.Finalize()
+    # A normal exit would wait for threads that wait for peers, or for a store that does not answer.
+    os._exit(status)

@@ -33,20 +33,23 @@ def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> 
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # The cluster, and how many workers it gets.
     ray.init()
     cluster = ray.cluster_resources()
     gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
     use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
-    workers = config.workers or (gpus if use_gpu else cpus)
+    places = gpus if use_gpu else cpus
+    workers = config.workers or places
     if workers < config.min_workers:
         raise InputError(f"--workers: got {workers}, expected --min-workers {config.min_workers} or more")
     print(f"Ray: {workers} workers on a cluster with {gpus} GPUs and {cpus} CPUs", flush=True)
-    if workers > (gpus if use_gpu else cpus):
+    if workers > places:
         least = f"{config.min_workers} {'GPUs' if use_gpu else 'CPUs'}"
         print(f"warning: the cluster has fewer; Ray starts once {least} are available", flush=True)
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "RAY_JOB_STOP_WAIT_TIME_S" not in os.environ:
         print("warning: `ray job stop` will leave 3 seconds for a checkpoint; see docs/ray.md", flush=True)
 
+    # Signals reach this process; the flag passes them on to the workers.
     flag = _stop_flag()
 
     def stop(number: int, _: object) -> None:
@@ -57,6 +60,7 @@ def run_under_ray(body: Callable[[World], int | None], config: LaunchConfig) -> 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, stop)
 
+    # Ray starts the workers, and starts them again after a failure, until one of them says why that cannot help.
     with tempfile.TemporaryDirectory(prefix="iddpm-ray-") as scratch, ThreadPoolExecutor(1) as thread:
         trainer = TorchTrainer(
             functools.partial(_work, body, config, str(Path.cwd()), flag),  # type: ignore[arg-type]
@@ -116,9 +120,11 @@ def _work(body: Callable[[World], int | None], config: LaunchConfig, folder: str
     import ray.train.torch
 
     def on_signal(call: Callable[[], None]) -> None:
-        flag.wait.remote().future().add_done_callback(lambda told: None if told.exception() else call())
+        signalled = flag.wait.remote().future()
+        signalled.add_done_callback(lambda future: None if future.exception() else call())
 
-    if why := ray.get(flag.why.remote()):
+    why = ray.get(flag.why.remote())
+    if why:
         return why
     if Path(folder).is_dir():
         os.chdir(folder)

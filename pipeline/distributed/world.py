@@ -3,19 +3,18 @@
 A launcher (torchrun, mpirun, srun, Ray) starts the processes; `connect` detects it and joins them. Three process groups
 keep the traffic apart: gradients (DDP's, on the device), the timestep sampler's losses (on the device, so that they can
 overlap the gradients), and control (always gloo on the CPU, so that agreeing on a signal never waits for the device).
-`pipeline.liveness` finds out, on connections of its own, which rank died.
+`pipeline.distributed.liveness` finds out, on connections of its own, which rank died.
 """
 
 import contextlib
 import os
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
-from queue import SimpleQueue
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -26,9 +25,6 @@ from pipeline.errors import InputError, UserError
 from pipeline.masking import first_line
 
 T = TypeVar("T")
-
-
-Job = tuple["Future[Any]", Callable[[], Any]]
 
 
 class RankFailure(UserError):
@@ -57,7 +53,7 @@ class World:
         self._pending: tuple[Any, torch.Tensor] | None = None
         self._first = True  # whether this rank was the first to fail
         self._liveness: Liveness | None = None
-        self._jobs: SimpleQueue[Job] | None = None
+        self._thread: ThreadPoolExecutor | None = None
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, as in peak_flops; for speed there is bf16
         if self.size > 1:
@@ -71,7 +67,7 @@ class World:
                 link = socket.create_connection((host, port), self.timeout_s)
             self._liveness = Liveness(self.rank, self.size, self.timeout_s, link)
 
-    # ------------------------------------------------------------------------------------ work
+    # ----------------------------------------------------------------------------- values and tensors
 
     def share(self, n: int) -> tuple[int, int]:
         """Return this rank's slice [lo, hi) of n items; the first n % size ranks have one more."""
@@ -113,7 +109,34 @@ class World:
         dist.all_gather_object(values, value, group=self._control)
         return values
 
-    def wait_for(self, call: Callable[[], T]) -> T:
+    def start_gather(self, shares: torch.Tensor, n: int) -> "Gather":
+        """Start collecting each rank's `share(n)` of a device tensor [n]; never blocks the host."""
+        return Gather(self, shares, n)
+
+    # --------------------------------------------- work that may take long: who does it, who gets the results
+
+    def on_all_ranks(self, call: Callable[[], T]) -> list[T]:
+        """Every rank calls; every rank gets the results, in rank order."""
+        return self.gather(self._meanwhile(call))
+
+    def to_rank0(self, call: Callable[[], T]) -> list[T]:
+        """Every rank calls; rank 0 gets the results, in rank order, and the others an empty list."""
+        value = self._meanwhile(call)
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(value, values or None, group=self._control)
+        return values
+
+    def on_rank0(self, call: Callable[[], T]) -> T:
+        """Rank 0 calls; every rank gets the result."""
+        return self.broadcast_object(self.only_on_rank0(call))
+
+    def only_on_rank0(self, call: Callable[[], T]) -> T | None:
+        """Rank 0 calls and gets the result; the others wait for it and get None."""
+        return self._meanwhile(lambda: call() if self.rank == 0 else None)
+
+    def _meanwhile(self, call: Callable[[], T]) -> T:
         """Return `call()` once every rank's call has returned, however long that takes.
 
         The ranks keep in touch meanwhile, so that none times out. `call` runs in another thread and must not use
@@ -121,41 +144,15 @@ class World:
         """
         if self.size == 1:
             return call()
-        if self._jobs is None:  # one thread for all calls: cuDNN's plans are per thread
-            self._jobs = SimpleQueue()
-            threading.Thread(target=_work, args=(self._jobs, self.device), daemon=True).start()
-        result: Future[T] = Future()
-        self._jobs.put((result, call))
+        if self._thread is None:  # one thread for all calls: cuDNN's plans and the current GPU are per thread
+            enter = partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
+            self._thread = ThreadPoolExecutor(1, "work", initializer=enter)
+        result = self._thread.submit(call)
         while True:
             done = bool(wait([result], timeout=1.0).done)
             value = result.result() if done else None  # raises the call's error at once
             if all(self.gather(done)):
                 return value  # type: ignore[return-value]
-
-    def on_all_ranks(self, call: Callable[[], T]) -> list[T]:
-        """Return every rank's `call()` on every rank; waits as `wait_for` does."""
-        return self.gather(self.wait_for(call))
-
-    def to_rank0(self, call: Callable[[], T]) -> list[T]:
-        """Return every rank's `call()` on rank 0, and an empty list on the others."""
-        value = self.wait_for(call)
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size if self.rank == 0 else []
-        dist.gather_object(value, values or None, group=self._control)
-        return values
-
-    def only_on_rank0(self, call: Callable[[], T]) -> T | None:
-        """Return `call()` on rank 0, and None on the others, which wait for it."""
-        return self.wait_for(lambda: call() if self.rank == 0 else None)
-
-    def on_rank0(self, call: Callable[[], T]) -> T:
-        """Run `call` on rank 0 and return its result on every rank."""
-        return self.broadcast_object(self.only_on_rank0(call))
-
-    def start_gather(self, shares: torch.Tensor, n: int) -> "Gather":
-        """Start collecting each rank's `share(n)` of a device tensor [n]; never blocks the host."""
-        return Gather(self, shares, n)
 
     # --------------------------------------------------------------------------------- signals
 
@@ -165,14 +162,14 @@ class World:
         This is permanent: launchers send SIGTERM when another rank has exited, and this one must still report why.
         """
 
-        def ask(*_: object) -> None:
+        def request_stop(*_: object) -> None:
             self._stop = True
 
         if self.on_signal:
-            self.on_signal(ask)
+            self.on_signal(request_stop)
         else:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                signal.signal(number, ask)
+                signal.signal(number, request_stop)
 
     def stop_agreed(self) -> bool:
         """Whether any rank has been asked to stop; call once per step: every rank gets the same answer.
@@ -181,11 +178,13 @@ class World:
         """
         if self.size == 1:
             return self._stop
+        # What the ranks answered during the last step.
         agreed = False
         if self._pending:
             work, flag = self._pending
             work.wait()
             agreed = bool(flag.item())
+        # Ask them for the next.
         flag = torch.tensor([int(self._stop)])
         work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
         self._pending = (work, flag)
@@ -200,12 +199,13 @@ class World:
 
     def explain(self, error: BaseException) -> RankFailure | None:
         """Explain a failed collective by the rank that died, hangs or failed; None if there is none."""
-        if self._liveness and (failure := self._liveness.blame()):
-            seen = f"seen by rank {self.rank} at step {self._liveness.step}: {first_line(error)}"
-            result = RankFailure(f"{failure} ({seen})")
-            result.self_reported = SELF_REPORTED in failure
-            return result
-        return None
+        failure = self._liveness.blame() if self._liveness else None
+        if not self._liveness or not failure:
+            return None
+        seen = f"seen by rank {self.rank} at step {self._liveness.step}: {first_line(error)}"
+        explained = RankFailure(f"{failure} ({seen})")
+        explained.self_reported = SELF_REPORTED in failure
+        return explained
 
     def leaving(self) -> None:
         """Announce that this rank has failed and needs time to close its files before it exits."""
@@ -258,18 +258,6 @@ class Gather:
         return torch.cat([table[:whole].flatten(), table[whole:, : longest - 1].flatten()])
 
 
-def _work(jobs: "SimpleQueue[Job]", device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # per thread
-    while True:
-        result, call = jobs.get()
-        try:
-            result.set_result(call())
-        except BaseException as error:
-            result.set_exception(error)
-        del result, call  # free what they hold
-
-
 def _patience(timeout_s: float, device: torch.device) -> timedelta:
     # NCCL's time-out aborts the process without naming a rank: let ours come first.
     return timedelta(seconds=timeout_s + (60 if device.type == "cuda" else 0))
@@ -302,7 +290,8 @@ def fail_together(world: World) -> Iterator[World]:
         yield world
         world.close()
     except RuntimeError as error:  # what gloo and NCCL raise, among others
-        if failure := world.explain(error):
+        failure = world.explain(error)
+        if failure:
             raise failure from error
         world.report_failure(error)
         raise

@@ -66,16 +66,19 @@ class Moments:
 def moments_of(batches: Batches, features: Features, world: World) -> Moments:
     """Return, on every rank, the feature moments over all ranks' images."""
 
-    def of_share() -> Moments | None:
-        moments = None
+    moments: Moments | None = None
+
+    def add_share() -> int:
+        nonlocal moments
+        size = 0
         for images in batches:
             rows = features.extract(images)["features"]
-            moments = moments or Moments(rows.shape[1], features.device)
+            size = rows.shape[1]
+            moments = moments or Moments(size, features.device)
             moments.add(rows)
-        return moments
+        return size
 
-    moments = world.wait_for(of_share)
-    size = max(world.gather(len(moments.table) - 1 if moments else 0))
+    size = max(world.on_all_ranks(add_share))
     moments = moments or Moments(size, features.device)  # a rank may have no image
     world.sum_(moments.table)
     return moments

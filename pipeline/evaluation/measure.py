@@ -20,9 +20,8 @@ from pipeline.evaluation.features import CLASSIFIERS, pretrained_features, train
 from pipeline.evaluation.measured import Measured
 from pipeline.evaluation.nll import Nll, NllPlan, measure_nll
 from pipeline.evaluation.resumable import Block, Blocks
-from pipeline.model import Trained, image_shape
-from pipeline.run.journal import fetch_journal, journal_dir, put_evaluation, read_journal, run_name, statuses
-from pipeline.run.tracker import Tracker
+from pipeline.model import Trained
+from pipeline.run.journal import Journal, put_evaluation, read_journal, run_name, statuses
 from pipeline.storage.store import Store
 
 
@@ -242,30 +241,23 @@ def _load_index(data: Store, split: str, runs: Sequence[TrainConfig], world: Wor
     """Load a split's index. Raises InputError unless its images have the shape of the runs'."""
     index = load_index(data, split, check=world.local_rank == 0)
     for run in runs:
-        expected = image_shape(run)
-        if index.shape != expected:
-            raise InputError(f"{data}: got images of {index.shape} (channels, height, width), expected {expected}")
+        if index.shape != run.image_shape:
+            raise InputError(
+                f"{data}: got images of {index.shape} (channels, height, width), expected {run.image_shape}"
+            )
     return index
 
 
 def track(trained: Trained, values: Sequence[Measured], run: Store, tracking: TrackingConfig) -> None:
     """Log values to the run's journal, and through it to MLflow; the run keeps its status there."""
-    folder = journal_dir(run)
-    fetch_journal(run, folder)
-    status = statuses(read_journal(folder)) or ["FINISHED"]
-    meta, url = trained.meta, trained.config.data.url
-    tracker = Tracker(
-        folder,
-        tracking,
-        uid=meta["uid"],
-        name=tracking.name or run_name(run.url),
-        run_config=record(trained.config),
-        dataset={"url": url, "name": run_name(url), "digest": meta["dataset_digest"] or "unknown"},
-    )
-    line = tracker.evaluation(trained.step, *logged(trained, values))
+    url, meta = trained.config.data.url, trained.meta
+    dataset = {"url": url, "name": run_name(url), "digest": meta["dataset_digest"] or "unknown"}
+    journal = Journal(run, tracking, uid=meta["uid"], config=record(trained.config), dataset=dataset)
+    history = statuses(read_journal(journal.folder))
+    line = journal.evaluation(trained.step, *logged(trained, values))
     if run.local is None:
         put_evaluation(run, line)
-    tracker.close(status[-1])
+    journal.close(history[-1] if history else "FINISHED")
 
 
 def logged(trained: Trained, values: Sequence[Measured]) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:

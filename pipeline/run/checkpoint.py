@@ -16,13 +16,11 @@ import copy
 import dataclasses
 import hashlib
 import json
-import queue
 import re
-import threading
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,12 +97,17 @@ class Checkpoints:
                 return None
 
         with ThreadPoolExecutor(THREADS) as pool:
-            found = [record for record in pool.map(read, self._names("log/")) if record]
-        if problems and not any(record.kind == "checkpoint" for record in found) and self._names("data/"):
+            records = [record for record in pool.map(read, self._names("log/")) if record]
+        lost = problems and not any(record.kind == "checkpoint" for record in records)
+        if lost and self._names("data/"):
             raise DamagedCheckpoint(f"{'; '.join(problems)}. Start over with another --out")
         for problem in problems:
             print(f"warning: {problem}; skipping it", flush=True)
-        return found
+        return records
+
+    def committed(self) -> list[Record]:
+        """Return the records of checkpoints, oldest first; raises as `records` does."""
+        return [record for record in self.records() if record.kind == "checkpoint"]
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints, ascending."""
@@ -116,28 +119,27 @@ class Checkpoints:
         `parts` names the parts to read (default: all). If a checkpoint is damaged, falls back to the one before it.
         Raises DamagedCheckpoint if all of them are damaged, InputError if there is no checkpoint of `step`.
         """
-        committed = [record for record in self.records() if record.kind == "checkpoint"]
+        committed = self.committed()
         candidates = [record for record in committed if step in (None, record.step)]
         if step is not None and not candidates:
-            have = sorted({record.step for record in committed})
-            raise InputError(f"{self.store}: no checkpoint of step {step}; available steps: {have}")
+            available = sorted({record.step for record in committed})
+            raise InputError(f"{self.store}: no checkpoint of step {step}; available steps: {available}")
+
         problems = []
         for record in reversed(candidates):
+            names = parts or tuple(record.parts)
             try:
                 with ThreadPoolExecutor(THREADS) as pool:
-                    names = parts or tuple(record.parts)
-                    loaded = pool.map(self._read_part, [record] * len(names), names)
+                    loaded = pool.map(lambda name, record=record: self._read_part(record, name), names)
                     return record, dict(zip(names, loaded, strict=True))
             except DamagedCheckpoint as error:
                 if not self.store.exists(record.name):  # training has continued, and retention has deleted it
                     return self.load(parts, step)
                 problems.append(str(error))
                 print(f"warning: {error}; trying the checkpoint before it", flush=True)
-        if problems:
-            raise DamagedCheckpoint(
-                f"{self.store}: all {len(candidates)} checkpoints are damaged. " + "; ".join(problems)
-            )
-        return None
+        if not problems:
+            return None
+        raise DamagedCheckpoint(f"{self.store}: all {len(candidates)} checkpoints are damaged. {'; '.join(problems)}")
 
     def _read_part(self, record: Record, part: str) -> dict[str, torch.Tensor]:
         where = f"checkpoint of step {record.step}, part {part}"
@@ -161,6 +163,7 @@ class Checkpoints:
 
     def claim(self, meta: dict[str, Any]) -> "Writer":
         """Take over the run, so that no earlier attempt can commit, and remove what those left unfinished."""
+        # Take the next number in the log; another attempt may be faster.
         attempt = uuid.uuid4().hex
         for _ in range(100):
             number = max(map(_number, self._names("log/")), default=0) + 1
@@ -173,14 +176,15 @@ class Checkpoints:
                 " again; check that the store lists what was written, and that only one job writes to this run"
             )
         self._sweep(claim)
-        earlier = [r for r in self.records() if r.kind == "checkpoint" and r.number < number]
+        earlier = [record for record in self.committed() if record.number < number]
         return Writer(self.store, claim, earlier)
 
     def _sweep(self, claim: Record) -> None:
         """Delete earlier attempts' data that no record refers to and that no record can refer to any more."""
-        committed = set(map(_number, self._names("log/")))
+        recorded = {_number(name) for name in self._names("log/")} - {claim.number}
         for name in self._names("data/"):
-            if _number(name) <= claim.number and _number(name) not in committed - {claim.number}:
+            number = _number(name)
+            if number <= claim.number and number not in recorded:
                 self.store.delete(name)
 
 
@@ -198,14 +202,11 @@ class Writer:
         """Number of this attempt's last record."""
         self.records = records
         """The run's checkpoints, oldest first; no other attempt can add one."""
-        self.files: dict[str, PartFile] = {}
-        self.error: BaseException | None = None
-        """The error that stopped this writer, if any; it then writes nothing more."""
         self.stall_s = 0.0
         """Seconds for which the last `save` blocked its caller."""
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._files: dict[str, PartFile] = {}
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None  # the last commit; once one has failed, there is no other
 
     def save(
         self,
@@ -220,48 +221,43 @@ class Writer:
 
         Raises the error of an earlier save (StorageError, StaleAttempt).
         """
+        # Wait for the save before this one, which still needs the memory of the snapshot.
         start = time.perf_counter()
         self.wait()
-        if (waited := time.perf_counter() - start) > 1.0:
+        waited = time.perf_counter() - start
+        if waited > 1.0:
             print(
                 f"warning: training waited {waited:.1f} s at step {step} for the previous checkpoint: {self.store} is"
                 " too slow for --checkpoint-every; increase it",
                 flush=True,
             )
+
+        # The snapshot: training may change everything once it is complete.
         for part, tensors in parts.items():
-            if part not in self.files:
-                self.files[part] = PartFile(tensors)
-            self.files[part].copy(tensors)
+            if part not in self._files:
+                self._files[part] = PartFile(tensors)
+            self._files[part].copy(tensors)
         for device in {t.device for tensors in parts.values() for t in tensors.values() if t.is_cuda}:
             torch.cuda.synchronize(device)
         self.stall_s = time.perf_counter() - start
+
         record = Record(self.number + 1, "checkpoint", self.attempt, step, {}, copy.deepcopy(meta))
-        self._jobs.put(lambda: self._commit(record, keep_last, keep_every, first))
+        self._last = self._thread.submit(self._commit, record, keep_last, keep_every, first)
 
     def check(self) -> None:
         """Raise the error of a background save, if any; cheap enough to call at every step."""
-        if self.error:
-            raise self.error
+        if self._last and self._last.done():
+            self._last.result()
 
     def wait(self) -> None:
         """Wait until the last save is committed; raises its error."""
-        self._jobs.join()
-        self.check()
+        if self._last:
+            self._last.result()
 
     def close(self) -> None:
         """Finish the last save and end the thread; raises the save's error."""
-        self._jobs.put(None)
-        self._thread.join()
+        self._thread.shutdown()
         self.check()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except BaseException as error:
-                self.error = error
-            finally:
-                self._jobs.task_done()
 
     def _commit(self, record: Record, keep_last: int, keep_every: int | None, first: Callable[[], None]) -> None:
         stale = StaleAttempt(
@@ -271,18 +267,21 @@ class Writer:
         if self.store.exists(record.name):  # do not write data that cannot be committed
             raise stale
         first()
+
+        # The data, then the record, with which the checkpoint begins to exist.
+        def write(part: str) -> dict[str, Any]:
+            data = self._files[part].data
+            file = f"{record.number:08d}-step-{record.step}-{part}.safetensors"
+            self.store.write(f"data/{file}", data)
+            return {"file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
         with ThreadPoolExecutor(THREADS) as pool:
-
-            def write(part: str) -> tuple[str, dict[str, Any]]:
-                file, data = f"{record.number:08d}-step-{record.step}-{part}.safetensors", self.files[part].data
-                self.store.write(f"data/{file}", data)
-                return part, {"file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-            record.parts.update(pool.map(write, self.files))
+            record.parts.update(zip(self._files, pool.map(write, self._files), strict=True))
         if not self.store.create(record.name, record.encode()):
             raise stale
         self.number = record.number
         self.records.append(record)
+
         self._retain(keep_last, keep_every)
 
     def _retain(self, keep_last: int, keep_every: int | None) -> None:

@@ -6,16 +6,16 @@ import os
 from pipeline.storage.store import Store
 
 INTERRUPTED_FILE = "interrupted.json"
-"""Written to a run's folder after a signal stopped it; tells whoever started the run whether to start it again."""
+"""In a run's folder from a stop by a signal until the next start: whoever started the run may start it again."""
 
 
 INTERRUPTED_STATUS = 75
 """Exit status after a signal and a checkpoint: the same command resumes (BSD's EX_TEMPFAIL)."""
 
 
-def slurm_attempt() -> str:
-    """Identify the current start of the Slurm job, if any; an earlier start's mark says nothing about this one."""
-    return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+def mark_interrupted(run: Store, step: int) -> None:
+    """Record that a signal has stopped the run at a step."""
+    run.write(INTERRUPTED_FILE, json.dumps({"step": step, "attempt": _slurm_attempt()}).encode())
 
 
 def was_interrupted(run: Store) -> bool:
@@ -24,4 +24,9 @@ def was_interrupted(run: Store) -> bool:
         mark = json.loads(run.read(INTERRUPTED_FILE))
     except FileNotFoundError:
         return False
-    return "SLURM_JOB_ID" not in os.environ or bool(mark.get("attempt") == slurm_attempt())
+    return "SLURM_JOB_ID" not in os.environ or bool(mark.get("attempt") == _slurm_attempt())
+
+
+def _slurm_attempt() -> str:
+    """Identify the current start of the Slurm job, if any; an earlier start's mark says nothing about this one."""
+    return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"

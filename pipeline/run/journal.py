@@ -1,19 +1,137 @@
-"""The history of a run: a local journal, and its copy under a remote run's URL."""
+"""The history of a run: who writes it, and how it is read. `pipeline.run.mlflow` sends it to MLflow.
 
+The live journal is on the machine that trains: in the run's folder or, for a remote run, in runs/NAME-HASH. A remote
+run's URL has a copy as of the newest checkpoint, and beside it the evaluations that other machines have made.
+"""
+
+import errno
 import hashlib
 import json
 import os
+import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from pipeline.config import TrackingConfig
+from pipeline.run.mlflow import Shipper, shipped
+from pipeline.storage.errors import StorageError, advice
 from pipeline.storage.store import Store
 
+Record = dict[str, Any]
+
+
 JOURNAL = "journal.jsonl"
-
-
-SHIPPED = "journal.shipped"  # next to the live journal: how much of it MLflow has
 EVALUATIONS = "evaluations/"  # folder next to the copy under a remote run's URL
+
+
+class Journal:
+    """Writes one run's journal and has it sent to MLflow. Exists only on rank 0."""
+
+    def __init__(
+        self, run: Store, tracking: TrackingConfig, *, uid: str | None, config: Record, dataset: dict[str, str]
+    ) -> None:
+        """Continue the run's journal, or start one; a journal of another run is kept under another name.
+
+        The journal is the run's if it has its `uid` or, before the first checkpoint has recorded one, its `config`.
+        `dataset` has url, name and digest. Raises OSError if the folder is not writable.
+        """
+        folder = journal_dir(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        fetch_journal(run, folder)
+        self.run, self.folder, self.path = run, folder, folder / JOURNAL
+
+        # Whose journal is there?
+        records = read_journal(folder)
+        if records:
+            head = records[0]
+            if uid is None and head["config"] == config:
+                uid = head["uid"]
+            if uid != head["uid"]:
+                self.path.rename(folder / f"journal-{head['uid']}.jsonl")
+                shipped(self.path).unlink(missing_ok=True)
+                records = []
+        self.uid = uid or uuid.uuid4().hex
+
+        # Append to it. `last` is the last step of each kind: a resumed run logs no step twice.
+        self.last: dict[str, int] = {}
+        for record in records:
+            if "step" in record:
+                self.last[record["kind"]] = max(record["step"], self.last.get(record["kind"], -1))
+        self.died = statuses(records)[-1:] == [None]
+        """Whether the attempt before this one died."""
+        self._file = self.path.open("ab+")
+        _cut_torn_line(self._file)
+        if not records:
+            name = tracking.name or run_name(run.url)
+            head = {"uid": self.uid, "name": name, "experiment": tracking.experiment, "parent": tracking.parent}
+            self._append("run", **head, config=config, dataset=dataset)
+        uri = tracking.mlflow_uri
+        self.shipper = Shipper(self.path, uri, tracking.flush_s) if uri else None
+
+    def owes(self, kind: str, step: int) -> bool:
+        """Whether an attempt that died has left this record of a step to this attempt."""
+        return self.died and self.last.get(kind, 0) < step
+
+    def tags(self, tags: dict[str, str]) -> None:
+        """Record facts about this attempt that may differ between attempts, such as the world size."""
+        self._append("tags", tags=tags)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record a log line's metrics."""
+        self._append_once("metrics", step, metrics=metrics)
+
+    def epoch(self, epoch: int, digest: int) -> None:
+        """Record that an epoch is complete and had each sample once, with the digest that proves it."""
+        self._append_once("epoch", epoch, digest=digest)
+
+    def image(self, step: int, key: str, png: bytes) -> None:
+        """Write an image to the run's samples/ and record it."""
+        name = f"samples/{key}-{step:07d}.png"
+        Store(self.folder).write(name, png)
+        if self.run.local is None:
+            self.run.write(name, png)
+        self._append_once("image", step, key=key, file=name)
+
+    def evaluation(self, step: int, metrics: dict[str, float], passports: dict[str, Record]) -> bytes:
+        """Record a checkpoint's evaluation, unless the journal already has it; return its line."""
+        content = {"step": step, "metrics": metrics, "passports": passports}
+        for record in read_journal(self.folder):
+            if record["kind"] == "evaluation" and content.items() <= record.items():
+                return _line(record)
+        return self._append("evaluation", **content)
+
+    def copy(self) -> None:
+        """Copy it to a remote run's URL, for readers elsewhere and for the machine that resumes the run."""
+        if self.run.local is None:
+            self.run.write(JOURNAL, self.path.read_bytes())
+
+    def close(self, status: str | None) -> None:
+        """End this attempt (FINISHED, FAILED, KILLED; None: unchanged), and give MLflow limited time for the rest."""
+        if status:
+            self._append("status", status=status)
+        self._file.close()
+        if self.shipper:
+            self.shipper.close()
+
+    def _append_once(self, kind: str, step: int, **content: Any) -> None:
+        """Append a record, unless an earlier attempt has written this step's."""
+        if step > self.last.get(kind, -1):
+            self._append(kind, step=step, **content)
+            self.last[kind] = step
+
+    def _append(self, kind: str, **content: Any) -> bytes:
+        line = _line({"time": time.time(), "kind": kind, **content})
+        try:
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, "deleted while the run was writing to it")
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            remedy = advice(error) or "run the same command again: it resumes from the newest checkpoint that is left"
+            raise StorageError(f"cannot write {self.path}: {error}; {remedy}") from error
+        return line
 
 
 def journal_dir(run: Store) -> Path:
@@ -26,30 +144,35 @@ def run_name(out: str) -> str:
     return out.rstrip("/").rsplit("/", 1)[-1]
 
 
-def read_journal(run: Path | Store) -> list[dict[str, Any]]:
+# ---------------------------------------------------------------------------------------- reading
+
+
+def read_journal(run: Path | Store) -> list[Record]:
     """Read the journal's records from its folder or a remote run's URL; empty if there is no journal.
 
     Ignores a last line that a crash has truncated.
     """
+    store = run if isinstance(run, Store) else Store(run)
     try:
-        if isinstance(run, Path):
-            return _parse((run / JOURNAL).read_bytes())
-        journal = run.read(JOURNAL)
+        journal = store.read(JOURNAL)
     except FileNotFoundError:
         return []
-    return _parse(journal) + _parse(_evaluations(run, journal))
+    return _parse(journal) + _parse(_evaluations(store, journal))
 
 
-def journal_of(run: Store) -> list[dict[str, Any]]:
-    """A run's history: the journal written on this machine, else the copy under the run's URL."""
+def journal_of(run: Store) -> list[Record]:
+    """Return a run's history: the journal written on this machine, else the copy under the run's URL."""
     return read_journal(journal_dir(run)) or read_journal(run)
 
 
-def statuses(records: Sequence[dict[str, Any]]) -> list[str | None]:
+def statuses(records: Sequence[Record]) -> list[str | None]:
     """Return the statuses in a journal's records of training. The last one is None if the run is training or died,
     else its final status.
     """
     return [r.get("status") for r in records if r["kind"] in ("status", "metrics", "tags")]
+
+
+# ------------------------------------------------------------------- a remote run's copy of it
 
 
 def fetch_journal(run: Store, folder: Path) -> None:
@@ -64,7 +187,7 @@ def fetch_journal(run: Store, folder: Path) -> None:
     here = path.read_bytes() if path.exists() else b""
     if not here.startswith(copy) and _last_step(copy) >= _last_step(here):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / SHIPPED).unlink(missing_ok=True)  # it counts bytes of the replaced journal
+        shipped(path).unlink(missing_ok=True)  # it counts bytes of the replaced journal
         path.write_bytes(copy)
         here = copy
     with path.open("ab+") as file:
@@ -82,14 +205,18 @@ def put_evaluation(run: Store, line: bytes) -> None:
 
 def _evaluations(run: Store, journal: bytes) -> bytes:
     """Return the lines next to the journal's copy, written by other machines, that the journal lacks."""
-    return b"".join(line for name in run.list(EVALUATIONS) if (line := run.read(name)) not in journal)
+    lines = [run.read(name) for name in run.list(EVALUATIONS)]
+    return b"".join(line for line in lines if line not in journal)
 
 
-def _line(record: dict[str, Any]) -> bytes:
+# ------------------------------------------------------------------------------- its lines
+
+
+def _line(record: Record) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
-def _parse(journal: bytes) -> list[dict[str, Any]]:
+def _parse(journal: bytes) -> list[Record]:
     return [json.loads(line) for line in journal.split(b"\n")[:-1] if line]
 
 
@@ -97,16 +224,11 @@ def _last_step(journal: bytes) -> int:
     return max((record["step"] for record in _parse(journal) if record["kind"] == "metrics"), default=-1)
 
 
-def find_uid(folder: Path, config: dict[str, Any]) -> str | None:
-    """Return the uid of the journal's run, if it has this configuration."""
-    records = read_journal(folder)
-    return records[0]["uid"] if records and records[0]["config"] == config else None
-
-
-def _cut_torn_line(file: Any) -> None:
+def _cut_torn_line(file: BinaryIO) -> None:
     """Remove a line that a crash truncated at the end; never one that another process is adding."""
     file.seek(0)
     content = file.read()
-    if (whole := content.rfind(b"\n") + 1) < len(content):
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
         file.truncate(whole)
     file.seek(0, os.SEEK_END)

@@ -1,32 +1,46 @@
-"""Send a run's journal to MLflow."""
+"""Send a run's journal to MLflow.
+
+The journal is the history; MLflow has a copy, which is complete whatever happens to its server or to this process:
+the file `shipped` says how much of the journal has arrived, and lines sent twice change nothing.
+"""
 
 import json
 import math
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import flatten
 from pipeline.masking import first_line, mask
-from pipeline.run.journal import JOURNAL, SHIPPED
 
 BATCH = 200  # journal lines sent at once
+
+
+BUGS = (TypeError, LookupError, AttributeError, AssertionError, NameError)
+"""What no server causes: it is shown with its traceback."""
+
+
+def shipped(journal: Path) -> Path:
+    """Return the file next to a journal that records how much of it MLflow has."""
+    return journal.with_suffix(".shipped")
 
 
 class Shipper:
     """Sends a journal to MLflow from a background thread."""
 
-    def __init__(self, folder: Path, uri: str, flush_s: float) -> None:
-        self.folder = folder
-        self.flush_s = flush_s
+    def __init__(self, journal: Path, uri: str, flush_s: float) -> None:
+        self.journal = journal
         self.uri = uri
+        self.flush_s = flush_s
         self.run_id: str | None = None
         self.problem: str | None = None
         self._client: Any = None
-        self._there: dict[int, int] = {}
+        self._sent_elsewhere: dict[int, int] = {}
         self._closing = threading.Event()
         self._done = threading.Event()
         self._given_up = False
@@ -45,45 +59,52 @@ class Shipper:
             reason = f": {self.problem}" if self.problem else ""
             print(
                 f"warning: MLflow at {mask(self.uri)} has not received the whole history{reason}. Nothing is lost:"
-                f" it is in {self.folder / JOURNAL}; send it with `python -m pipeline.tracking {self.folder}`.",
+                f" it is in {self.journal}; send it with `python -m pipeline.tracking {self.journal.parent}`.",
                 flush=True,
             )
 
     def _work(self) -> None:
         pause = 1.0
         while not self._given_up:
-            closing = self._closing.is_set()
+            closing = self._closing.is_set()  # before sending: nothing is written after `close`
             try:
-                caught_up = self._ship()
+                sent = self._send_next()
                 self.problem, pause = None, 1.0
-                if caught_up and closing:
+                if sent:
+                    continue
+                if closing:
                     self._done.set()
                     return
-                if not caught_up:
-                    continue
             except Exception as error:  # a failing tracking server must not stop the run
-                if self.problem is None:
-                    print(
-                        f"warning: MLflow at {mask(self.uri)} does not answer ({first_line(error)}); training"
-                        f" continues, its history is in {self.folder / JOURNAL} and is sent when MLflow is back.",
-                        flush=True,
-                    )
-                self.problem = first_line(error)
-                self._client = None  # the server may come back with another database
+                self._fail(error)
                 pause = min(2 * pause, 30.0)
             if closing:
                 time.sleep(1.0)  # `close` bounds how often this repeats
             else:
                 self._closing.wait(pause)
 
-    def _ship(self) -> bool:
-        """Send the next lines; return whether none were left."""
-        state_path = self.folder / SHIPPED
+    def _fail(self, error: Exception) -> None:
+        if self.problem is None:
+            print(
+                f"warning: MLflow at {mask(self.uri)} does not answer ({first_line(error)}); training"
+                f" continues, its history is in {self.journal} and is sent when MLflow is back.",
+                flush=True,
+            )
+            if isinstance(error, BUGS):
+                traceback.print_exception(error)
+        self.problem = first_line(error)
+        self._client = None  # the server may come back with another database
+
+    def _send_next(self) -> bool:
+        """Send the next lines; return whether there were any."""
+        # How much has arrived, in which run?
+        state_path = shipped(self.journal)
         try:
             state = json.loads(state_path.read_text())
         except (FileNotFoundError, ValueError):  # sending again changes nothing
             state = {}
-        with (self.folder / JOURNAL).open("rb") as file:
+
+        with self.journal.open("rb") as file:
             head = json.loads(file.readline())
             if self._client is None:
                 client, self.run_id = open_run(
@@ -92,7 +113,7 @@ class Shipper:
                 if state.get("run_id") != self.run_id:
                     # Send everything except steps that another machine has sent, with other timestamps.
                     history = client.get_metric_history(self.run_id, "compute/train_flops")
-                    self._there = {point.step: point.timestamp for point in history}
+                    self._sent_elsewhere = {point.step: point.timestamp for point in history}
                 self._client = client
             offset = state["offset"] if state.get("run_id") == self.run_id else 0
             file.seek(offset)
@@ -100,13 +121,15 @@ class Shipper:
             while len(lines) < BATCH and (line := file.readline()).endswith(b"\n"):
                 lines.append(line)
         if not lines:
-            return True
+            return False
+
         assert self.run_id
-        _send(self._client, self.run_id, self.folder, [json.loads(line) for line in lines], self._there)
+        records = [json.loads(line) for line in lines]
+        _send(self._client, self.run_id, self.journal.parent, records, self._sent_elsewhere)
         temporary = state_path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps({"run_id": self.run_id, "offset": offset + sum(map(len, lines))}))
         temporary.replace(state_path)
-        return False
+        return True
 
 
 def update_parent(uri: str | None, experiment: str, uid: str, update: Callable[[Any, str], Any]) -> str | None:
@@ -146,23 +169,20 @@ def find_or_create_run(client: Any, experiment: str, uid: str, name: str, tags: 
 
     known = client.get_experiment_by_name(experiment)
     if known is None:
-        try:
-            experiment_id = client.create_experiment(experiment)
-        except MlflowException:  # another run of the study was faster
-            experiment_id = client.get_experiment_by_name(experiment).experiment_id
-    else:
-        experiment_id = known.experiment_id
-    found = client.search_runs([experiment_id], f"tags.`iddpm.uid` = '{uid}'", max_results=1)
-    if found:
-        return found[0].info.run_id
-    run = client.create_run(experiment_id, tags={"iddpm.uid": uid, **tags}, run_name=name)
+        with suppress(MlflowException):  # another run of the study was faster
+            client.create_experiment(experiment)
+        known = client.get_experiment_by_name(experiment)
+    runs = client.search_runs([known.experiment_id], f"tags.`iddpm.uid` = '{uid}'", max_results=1)
+    run = runs[0] if runs else client.create_run(known.experiment_id, tags={"iddpm.uid": uid, **tags}, run_name=name)
     return run.info.run_id
 
 
-def _send(client: Any, run_id: str, folder: Path, records: Sequence[dict[str, Any]], there: dict[int, int]) -> None:
+def _send(
+    client: Any, run_id: str, folder: Path, records: Sequence[dict[str, Any]], sent_elsewhere: dict[int, int]
+) -> None:
     """Send journal records. Sending them again changes nothing: MLflow stores equal metrics as one point.
 
-    `there` maps steps that MLflow already has to their timestamps; records of them with other timestamps are not sent.
+    `sent_elsewhere` maps steps that MLflow has to their timestamps; records of them with others are not sent.
     """
     from mlflow.entities import Metric, Param, RunTag
 
@@ -170,7 +190,7 @@ def _send(client: Any, run_id: str, folder: Path, records: Sequence[dict[str, An
     for record in records:
         millis = int(record["time"] * 1000)
         match record["kind"]:
-            case "metrics" if there.get(record["step"], millis) == millis:
+            case "metrics" if sent_elsewhere.get(record["step"], millis) == millis:
                 metrics += [Metric(key, value, millis, record["step"]) for key, value in record["metrics"].items()]
             case "evaluation":
                 for key, value in record["metrics"].items():
@@ -206,7 +226,7 @@ def _log_dataset(client: Any, run_id: str, dataset: dict[str, str]) -> None:
 def _log_image(client: Any, run_id: str, path: Path, key: str, step: int) -> None:
     from PIL import Image
 
-    there = client.list_artifacts(run_id, "images")
-    if path.exists() and not any(f"{key}+step+{step}+" in artifact.path for artifact in there):
+    sent = client.list_artifacts(run_id, "images")
+    if path.exists() and not any(f"{key}+step+{step}+" in artifact.path for artifact in sent):
         with Image.open(path) as picture:
             client.log_image(run_id, picture.convert("RGB"), key=key, step=step, synchronous=True)

@@ -1,5 +1,6 @@
 """The command: what it prints and what it adds to the run's history."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -314,13 +315,14 @@ def test_evaluating_a_remote_run_while_it_trains_loses_nothing(
 ) -> None:
     """Training overwrites the journal at the run's URL, so the line of an evaluation elsewhere is stored separately."""
     monkeypatch.chdir(tmp_path)  # where training has its journal
-    monkeypatch.setattr(module, "journal_dir", lambda _: tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
     run = "memory://evaluated/run"
 
     def evaluate_now(step: int, _: dict[str, float]) -> None:
         if step == 12:  # after the checkpoint of step 4 is certainly committed, and before the last copy
-            for _ in range(2):
-                main(EvaluateConfig(run, step=4, nll=NllPlan(4, draws=2), **NO_TRACKING), World())
+            with contextlib.chdir(tmp_path / "elsewhere"):
+                for _ in range(2):
+                    main(EvaluateConfig(run, step=4, nll=NllPlan(4, draws=2), **NO_TRACKING), World())
 
     flags = ("--checkpoint-every", "4", "--log-every", "2", "--sample-every", "0")
     train(tiny(digits, run, *flags), World(), evaluate_now)

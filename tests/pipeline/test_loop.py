@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from pipeline.data.shards import load_index
 from pipeline.data.stream import stream
 from pipeline.distributed.world import World
 from pipeline.loop import train
+from pipeline.run import recorder
 from pipeline.run.checkpoint import Checkpoints, DamagedCheckpoint
 from pipeline.run.interrupted import INTERRUPTED_FILE
 from pipeline.run.journal import JOURNAL, read_journal
@@ -170,6 +172,53 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_good_checkpoint(
     assert not (tmp_path / INTERRUPTED_FILE).exists()
     assert_same(newest(tmp_path), good)
     assert read_journal(tmp_path)[-1]["status"] == "FAILED"
+
+
+def test_divergence_with_the_importance_sampler_is_the_same_error(digits: str, tmp_path: Path) -> None:
+    """With 4 timesteps, 64 losses fill the sampler's history long before anyone looks at the loss."""
+    config = tiny(digits, tmp_path, *IMPORTANCE, "--diffusion.timesteps", "4", "--sample-steps", "4", "--lr", "1e6")
+    config = replace(config, horizon="40steps", log_every=40, checkpoint_every=40, sample_every=0)
+    with pytest.raises(NonFinite, match=r"step \d+: the loss or the gradient is not finite"):
+        train(config, World())
+    assert read_journal(tmp_path)[-1]["status"] == "FAILED"
+
+
+def test_an_evaluation_that_fails_is_a_warning_after_the_checkpoint(digits: str, tmp_path: Path, capsys) -> None:
+    data, out = Path(shutil.copytree(digits, tmp_path / "data")), tmp_path / "run"
+    for shard in data.glob("val-*.tar"):
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    config = tiny(str(data), out, "--eval-every", "6", "--eval-images", "4", "--horizon", "12steps")
+    assert train(config, World()) == "finished"
+    said = capsys.readouterr().out
+    assert "warning: step 6 has no evaluation: shard" in said
+    assert "warning: step 12 has no evaluation: shard" in said
+    train(tiny(digits, tmp_path / "whole"), World())
+    assert_same(newest(out), newest(tmp_path / "whole"))
+    assert read_journal(out)[-1]["status"] == "FINISHED"
+
+
+def test_what_follows_a_checkpoint_is_made_up_for(digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt that dies between a checkpoint and the grid and evaluation of its step leaves them to the next."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    config = tiny(digits, tmp_path, "--eval-every", "6", "--eval-images", "4", "--checkpoint-every", "6")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_draw_grid", die)
+        patch.setattr(recorder.RunRecorder, "fail", lambda self, _: self.writer.close())  # no more than SIGKILL leaves
+        for step in (6, 12):
+            with pytest.raises(Killed):
+                train(config, World())
+            assert Checkpoints(Store(str(tmp_path))).load()[0].step == step
+            patch.setattr(loop, "_draw_grid", lambda state, *_: die() if state.step == 12 else None)
+    assert train(config, World()) == "finished"
+    evaluated = [r["step"] for r in read_journal(tmp_path) if r["kind"] == "evaluation"]
+    assert evaluated == [6, 12]
+    assert (tmp_path / "samples" / "samples-0000012.png").exists()
 
 
 def test_a_remote_run_that_failed_says_so_elsewhere(

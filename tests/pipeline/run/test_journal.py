@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, small_disk
 from mlflow import MlflowClient
 from PIL import Image
 from ports import free_port
 
 from pipeline.config import TrackingConfig
-from pipeline.run.journal import JOURNAL, fetch_journal, find_uid, journal_dir, put_evaluation, read_journal
-from pipeline.run.tracker import Tracker
+from pipeline.run.journal import JOURNAL, Journal, fetch_journal, journal_dir, put_evaluation, read_journal
+from pipeline.storage.errors import StorageError
 from pipeline.storage.store import Store
 from pipeline.tracking import main
 
@@ -26,14 +27,14 @@ CONFIG = {"lr": 0.1, "model": {"channels": 32}}
 DATASET = {"url": "data/digits", "name": "digits", "digest": "0" * 32}
 
 
-def tracker(folder: Path, uri: str | None, uid: str | None = None, **config: object) -> Tracker:
-    options = {"experiment": "study", "flush_s": 120.0, **config}
-    return Tracker(folder, TrackingConfig(uri=uri, **options), uid=uid, name="run", run_config=CONFIG, dataset=DATASET)
+def journal(folder: Path, uri: str | None, uid: str | None = None, lr: float = 0.1, **options: object) -> Journal:
+    tracking = TrackingConfig(uri=uri, **{"experiment": "study", "flush_s": 120.0, **options})
+    return Journal(Store(folder), tracking, uid=uid, config=CONFIG | {"lr": lr}, dataset=DATASET)
 
 
-def kill(tracker: Tracker) -> None:
+def kill(journal: Journal) -> None:
     """Close its file without a last record, as the end of its process would."""
-    tracker._file.close()
+    journal._file.close()
 
 
 def steps(folder: Path) -> list[int]:
@@ -47,27 +48,26 @@ def the_run(uri: str):
 
 
 def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
-    first = tracker(tmp_path, "none")
+    first = journal(tmp_path, "none")
     for step in (1, 2, 3):
         first.log(step, {"train/loss": 1.0 / step})
     with (tmp_path / JOURNAL).open("ab") as file:
         file.write(b'{"kind": "metrics", "st')  # killed while writing
     kill(first)
-    second = tracker(tmp_path, "none", uid=first.uid)
+    second = journal(tmp_path, "none")  # of the same configuration, so the same run
+    assert second.uid == first.uid
     for step in (2, 3, 4, 5):  # back at the checkpoint of step 1
         second.log(step, {"train/loss": 1.0 / step})
     second.close("FINISHED")
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
     assert sum(r["kind"] == "run" for r in read_journal(tmp_path)) == 1
-    assert find_uid(tmp_path, CONFIG) == first.uid
-    assert find_uid(tmp_path, {"lr": 0.2}) is None
 
 
 def test_an_evaluation_elsewhere_is_added_to_whole_lines(tmp_path: Path) -> None:
-    here, run = tracker(tmp_path / "here", "none"), Store(f"memory://{tmp_path}")
+    here, run = journal(tmp_path / "here", "none"), Store(f"memory://{tmp_path}")
     here.log(1, {"train/loss": 1.0})
     run.write(JOURNAL, here.path.read_bytes())
-    elsewhere = tracker(tmp_path / "elsewhere", "none", uid=here.uid)
+    elsewhere = journal(tmp_path / "elsewhere", "none", uid=here.uid)
     for value in (4.0, 4.0, 5.0):  # one is measured twice
         put_evaluation(run, elsewhere.evaluation(1, {"eval/nll": value}, {}))
     here.log(2, {"train/loss": 0.5})
@@ -84,10 +84,10 @@ def test_an_evaluation_elsewhere_is_added_to_whole_lines(tmp_path: Path) -> None
 
 
 def test_a_new_run_in_an_old_folder_keeps_the_old_journal(tmp_path: Path) -> None:
-    first = tracker(tmp_path, "none")
+    first = journal(tmp_path, "none")
     first.log(1, {"a": 1.0})
     first.close("FAILED")
-    second = tracker(tmp_path, "none")
+    second = journal(tmp_path, "none", lr=0.2)
     assert second.uid != first.uid
     assert steps(tmp_path) == []
     kill(second)
@@ -97,7 +97,7 @@ def test_a_new_run_in_an_old_folder_keeps_the_old_journal(tmp_path: Path) -> Non
 def test_mlflow_has_everything_the_journal_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.chdir(tmp_path)  # where MLflow puts the artifacts
-    first = tracker(tmp_path / "run", uri)
+    first = journal(tmp_path / "run", uri)
     first.tags({"world_size": "2"})
     for step in range(300):  # more than one batch of the shipper
         first.log(step, {"train/loss": float(step), "compute/train_flops": 10.0 * step})
@@ -106,7 +106,7 @@ def test_mlflow_has_everything_the_journal_has(tmp_path: Path, monkeypatch: pyte
     first.image(299, "samples", png.read_bytes())
     first.close("KILLED")
     (tmp_path / "run" / "journal.shipped").unlink()  # as on another machine: everything is sent again
-    second = tracker(tmp_path / "run", uri, uid=first.uid)
+    second = journal(tmp_path / "run", uri, uid=first.uid)
     second.log(300, {"train/loss": 300.0, "compute/train_flops": 3000.0})
     second.close("FINISHED")
 
@@ -196,7 +196,7 @@ def test_a_new_database_gets_the_whole_history(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{name}.db")
-        tracked = tracker(tmp_path, None, uid="x" * 32)
+        tracked = journal(tmp_path, None, uid="x" * 32)
         tracked.log(1, {"train/loss": 1.0})
         tracked.close("FINISHED")
     _, run = the_run("sqlite:///b.db")
@@ -205,14 +205,14 @@ def test_a_new_database_gets_the_whole_history(tmp_path: Path, monkeypatch: pyte
 
 def test_a_remote_run_is_sent_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """The journal and images of a remote run are sent from its URL; a URL without a run is an error."""
-    gone, run = tracker(tmp_path / "gone", "none"), Store(f"memory://{tmp_path}/r")
+    gone, run = journal(tmp_path / "gone", "none"), Store(f"memory://{tmp_path}/r")
     gone.log(1, {"train/loss": 1.0})
     png = tmp_path / "x.png"
     Image.new("RGB", (8, 8)).save(png)
-    path = gone.image(1, "samples", png.read_bytes())
+    gone.image(1, "samples", png.read_bytes())
     gone.close("FINISHED")
-    run.write(JOURNAL, gone.path.read_bytes())
-    run.write(f"samples/{path.name}", path.read_bytes())
+    for name in (JOURNAL, "samples/samples-0000001.png"):
+        run.write(name, (gone.folder / name).read_bytes())
     monkeypatch.chdir(tmp_path)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setattr(sys, "argv", ["tracking", run.url, "--uri", uri])
@@ -232,7 +232,7 @@ def test_a_remote_run_is_sent_from_anywhere(tmp_path: Path, monkeypatch: pytest.
 def test_the_environment_turns_tracking_off_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
     assert TrackingConfig(uri="sqlite:///here.db").mlflow_uri == "sqlite:///here.db"  # the flag comes first
-    tracked = tracker(tmp_path, None)
+    tracked = journal(tmp_path, None)
     tracked.close("FINISHED")
     assert tracked.shipper is None
     monkeypatch.setattr(sys, "argv", ["tracking", str(tmp_path)])
@@ -243,7 +243,7 @@ def test_the_environment_turns_tracking_off_too(tmp_path: Path, monkeypatch: pyt
 
 
 def test_no_password_is_printed_or_recorded(tmp_path: Path, capsys) -> None:
-    tracked = tracker(tmp_path, "http://me:hunter2@127.0.0.1:1", flush_s=2.0)
+    tracked = journal(tmp_path, "http://me:hunter2@127.0.0.1:1", flush_s=2.0)
     tracked.log(1, {"a": 1.0})
     time.sleep(1)
     tracked.close("FINISHED")
@@ -263,7 +263,7 @@ def test_journal_dir() -> None:
 
 
 def test_records_are_plain_json_lines(tmp_path: Path) -> None:
-    tracked = tracker(tmp_path, "none")
+    tracked = journal(tmp_path, "none")
     tracked.epoch(0, -5)
     tracked.epoch(0, -5)
     tracked.close("FINISHED")
@@ -271,11 +271,22 @@ def test_records_are_plain_json_lines(tmp_path: Path) -> None:
     assert kinds == ["run", "epoch", "status"]
 
 
+def test_a_journal_that_cannot_be_written_is_one_error_with_its_path(tmp_path: Path) -> None:
+    with small_disk(tmp_path, "64k") as disk:
+        full = journal(disk / "run", "none")
+        with pytest.raises(StorageError, match=r"cannot write .*run/journal\.jsonl: .*No space left.*free some space"):
+            full.tags({"much": "x" * 100_000})
+    deleted = journal(tmp_path / "run", "none")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(StorageError, match=r"run/journal\.jsonl: .*deleted .*run the same command again"):
+        deleted.log(1, {"train/loss": 1.0})
+
+
 def test_the_runs_of_a_study_are_children_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
-        child = tracker(tmp_path / name, uri, parent="ladder")
+        child = journal(tmp_path / name, uri, parent="ladder")
         child.log(3, {"train/loss": 1.0, "compute/train_flops": 3.0})
         child.evaluation(3, {"eval/nll": 4.0}, {})
         child.close("FINISHED")
