@@ -70,9 +70,9 @@ class Findings:
             for budget in (self.last, 10 * self.last):
                 self._try("optimum", self.optima, budget, partial(compute_optimal, size_data, points, budget))
         self.warnings = [
-            f"{law}: the points do not determine {', '.join(fit.undetermined)} (at the bounds of the fit)"
+            f"{law}: the points do not determine {name}: {reason}"
             for law, fit in self.fits.items()
-            if fit.undetermined
+            for name, reason in fit.undetermined.items()
         ] + warnings(points)
 
     def _try(self, name: str, results: dict[Any, Any], key: Any, make: Callable[[], Any]) -> None:
@@ -87,7 +87,10 @@ class Findings:
         lines = [f"{self.label}: {len(self.points)} points of {runs} runs; 95 % intervals over runs"]
         for law, fit in self.fits.items():
             lines += ["", f"{FORMULA[law]}   ({fit.runs} runs, residuals {fit.residuals.std():.2%})"]
-            lines += [f"  {n:6s} {v:<12.6g}  [{lo:.6g}, {hi:.6g}]" for n, (v, lo, hi) in fit.parameters().items()]
+            reasons = fit.undetermined
+            for name, (value, lower, upper) in fit.parameters().items():
+                words = f"  undetermined: {reasons[name]}" if name in reasons else ""
+                lines.append(f"  {name:6s} {value:<12.6g}  [{lower:.6g}, {upper:.6g}]{words}")
         if self.floor:
             f = self.floor
             lines += [
@@ -185,7 +188,8 @@ def figures(findings: Findings) -> "dict[str, tuple[Figure, str]]":
         drawn["isoflop"] = _isoflop(findings)
     if findings.fits:
         drawn["residuals"] = _residuals(findings)
-    if "L(C)" in findings.fits and findings.name in PAPER:
+    compute = findings.fits.get("L(C)")
+    if compute and "E" not in compute.undetermined and findings.name in PAPER:
         drawn["papers"] = _papers(findings)
     return drawn
 
