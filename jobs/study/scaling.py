@@ -212,11 +212,12 @@ def _fit(inputs: tuple[str, ...], points: Sequence[ComputePoint]) -> ScalingFit:
 
     # Bootstrap over runs: each resample weights the runs (Rubin 1981), so that no size is ever dropped. The start
     # is the full fit, but with no term or exponent so small that the loss does not depend on it and it cannot return.
+    # After 200 evaluations, only valleys too flat to determine anything have a thousandth of the loss left to gain.
     weights = np.random.default_rng(0).standard_exponential((RESAMPLES, len(names)))
     weights *= len(names) / weights.sum(1, keepdims=True)
     run = np.searchsorted(names, [p.run for p in points])
     start = np.maximum(theta, starts.min(0))
-    samples = np.stack([_minimise([start], x, log_y, w) for w in weights[:, run]])
+    samples = np.stack([_minimise([start], x, log_y, w, 200) for w in weights[:, run]])
 
     k = len(inputs)
     for thetas in (theta[None], samples):  # undo the centring
@@ -231,7 +232,9 @@ def _starts(log_x: Array, log_y: Array) -> Array:
     return np.array([[y + math.log(part), *[y + math.log((1 - part) / k)] * k, *alphas] for part, *alphas in starts])
 
 
-def _minimise(starts: Iterable[Array], log_x: Array, log_y: Array, weights: Array) -> Array:
+def _minimise(
+    starts: Iterable[Array], log_x: Array, log_y: Array, weights: Array, evaluations: int | None = None
+) -> Array:
     """Return the theta [1 + 2k] of the least Huber loss of the log residuals, the best of all starts.
 
     A weight [n] multiplies its point's loss, not its residual, which would move the Huber threshold.
@@ -249,8 +252,8 @@ def _minimise(starts: Iterable[Array], log_x: Array, log_y: Array, weights: Arra
     def jacobian(theta: Array) -> Array:
         return _law(theta[None], log_x)[1][0]
 
-    bounds = _bounds(log_x, log_y)
-    fits = [least_squares(residuals, start, jacobian, bounds, loss=loss, f_scale=DELTA) for start in starts]
+    options = {"bounds": _bounds(log_x, log_y), "loss": loss, "f_scale": DELTA, "max_nfev": evaluations}
+    fits = [least_squares(residuals, start, jacobian, **options) for start in starts]
     return min(fits, key=lambda fit: fit.cost).x
 
 
