@@ -16,7 +16,8 @@ def draw_figures(findings: Findings) -> dict[str, tuple[Any, str]]:
         drawings["isoflop"] = _isoflop
     if findings.fits:
         drawings["residuals"] = _residuals
-    if "L(C)" in findings.fits and findings.name in PAPER:
+    compute = findings.fits.get("L(C)")
+    if compute and "E" not in compute.undetermined and findings.name in PAPER:
         drawings["papers"] = _papers
     return {name: _draw(drawing, findings) for name, drawing in drawings.items()}
 

@@ -40,9 +40,9 @@ class Findings:
 
         # What the points leave open.
         self.warnings = [
-            f"{law}: the points do not determine {', '.join(fit.undetermined)} (at the bounds of the fit)"
+            f"{law}: the points do not determine {name}: {reason}"
             for law, fit in self.fits.items()
-            if fit.undetermined
+            for name, reason in fit.undetermined.items()
         ] + scaling.warnings(points)
 
     def _try(self, name: str, results: dict[Any, Any], key: Any, make: Callable[[], Any]) -> None:
@@ -57,7 +57,10 @@ class Findings:
         lines = [f"{self.label}: {len(self.points)} points of {runs} runs; 95 % intervals over runs"]
         for law, fit in self.fits.items():
             lines += ["", f"{FORMULA[law]}   ({fit.runs} runs, residuals {fit.residuals.std():.2%})"]
-            lines += [f"  {n:6s} {v:<12.6g}  [{lo:.6g}, {hi:.6g}]" for n, (v, lo, hi) in fit.parameters().items()]
+            for name, (value, low, high) in fit.parameters().items():
+                reason = fit.undetermined.get(name)
+                remark = f"  undetermined: {reason}" if reason else ""
+                lines.append(f"  {name:6s} {value:<12.6g}  [{low:.6g}, {high:.6g}]{remark}")
         if self.floor:
             value, passport = self.floor.value, self.floor.passport
             images = f"{passport['real']}, n {passport['n']}"

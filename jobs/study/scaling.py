@@ -6,17 +6,19 @@
 C is the training FLOPs (2 per multiply-accumulate), N the number of parameters, D the number of images seen. Fits
 minimise the Huber loss of the log residuals from a grid of initial values (Hoffmann et al. 2022, section 3.3); E is
 fitted, never set by hand. Intervals are bootstrapped over runs, because the checkpoints of a run are not independent.
+The minimiser is scipy's trust-region least squares (Branch, Coleman and Li 1999).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import compress, product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
+from scipy.optimize import least_squares
+from scipy.special import ndtri, stdtrit
 
 from pipeline.errors import InputError, UserError
 from pipeline.evaluation.measured import Measured, check_comparable
@@ -28,7 +30,8 @@ DELTA = 1e-3
 """Huber threshold: larger log residuals count linearly, so that an outlier run does not distort the fit."""
 
 
-RESAMPLES = 400
+RESAMPLES = 200
+"""Bootstrap resamples of the runs."""
 
 
 LEVEL = 0.95
@@ -57,7 +60,10 @@ def check_points(points: Sequence[ComputePoint]) -> None:
     """Raise InputError if the points are not comparable."""
     for point in points:
         if not (point.value > 0 and math.isfinite(point.value)):
-            raise InputError(f"{point.run}: got the value {point.value}, expected a positive number")
+            raise InputError(
+                f"{point.run}: got the value {point.value}, expected a positive number; measure that run again, or take"
+                " its point out of the study"
+            )
         try:
             check_comparable(points[0], point)
         except UserError as error:
@@ -66,6 +72,10 @@ def check_points(points: Sequence[ComputePoint]) -> None:
 
 NAMES = {("C",): ("E", "A", "a"), ("N", "D"): ("E", "A", "B", "alpha", "beta")}
 """Names of a law's parameters, by its inputs."""
+
+
+FIELDS = {"C": "flops", "N": "parameters", "D": "images"}
+"""A point's field for each input."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +92,42 @@ class ScalingFit:
     """[n]: log measured - log fitted."""
     points: tuple[ComputePoint, ...]
     """[n]: those it was fitted to."""
-    undetermined: tuple[str, ...] = ()
-    """Parameters that ended at a bound of the fit: the points do not determine them."""
+    at_bound: tuple[str, ...] = ()
+    """Parameters that ended at a bound of the fit, or in a term that vanished."""
 
     @property
     def runs(self) -> int:
         """Independent runs behind it."""
         return len({point.run for point in self.points})
 
+    @property
+    def undetermined(self) -> dict[str, str]:
+        """Map each parameter that the points do not determine to the reason.
+
+        A and B are the values of their terms at an input of 1, decades away from any point: the decades that their
+        intervals span say no more than the intervals of the exponents, so only a bound counts against them. If the
+        floor is undetermined, so is an exponent so small that its term does not even halve over the points: a slow
+        power law and a floor then look alike, and the fit has only one of them.
+        """
+        reasons = dict.fromkeys(self.at_bound, "it ended at a bound of the fit")
+        smallest = min(point.value for point in self.points)
+        exponents = NAMES[self.inputs][1 + len(self.inputs) :]
+        spans = dict(zip(exponents, np.ptp(_log_inputs(self.inputs, self.points), axis=0), strict=True))
+        for name, (_, low, high) in self.parameters().items():  # E is the first
+            if name == "E" and high > smallest:
+                reasons[name] = f"its interval reaches above the smallest measured value, {smallest:.6g}"
+            elif name not in ("A", "B") and high > 10 * low:
+                reasons[name] = "its interval spans more than a decade"
+            elif "E" in reasons and low * spans.get(name, math.inf) < math.log(2):
+                reasons[name] = "its power law may be so slow that it stands in for the floor E"
+        return reasons
+
     def parameters(self) -> dict[str, tuple[float, float, float]]:
         """Return each parameter's value and the ends of its interval."""
         ends = np.stack([self.theta, *self.interval(self.theta, self.samples)])
-        ends[:, : 1 + len(self.inputs)] = np.exp(ends[:, : 1 + len(self.inputs)])
-        return {name: (v, low, high) for name, (v, low, high) in zip(NAMES[self.inputs], ends.T.tolist(), strict=True)}
+        logs = 1 + len(self.inputs)
+        ends[:, :logs] = np.exp(ends[:, :logs])
+        return dict(zip(NAMES[self.inputs], zip(*ends.tolist(), strict=True), strict=True))
 
     def predict(self, *x: Any) -> Array:
         """Evaluate the law at inputs of shape [m] each."""
@@ -103,160 +136,145 @@ class ScalingFit:
     def band(self, *x: Any, noise: bool = False) -> tuple[Array, Array]:
         """Return the law's interval at inputs of shape [m] each; with `noise`, that of a new measurement there."""
         log_x = _columns(x)
-        logs = _law(self.samples, log_x)[0]
-        if noise:
-            logs = logs + np.random.default_rng(1).choice(self.residuals, logs.shape)
-        low, high = self.interval(_law(self.theta[None], log_x)[0][0], logs)
+        value = _law(self.theta[None], log_x)[0][0]
+        error = math.sqrt((self.residuals**2).mean() * self.runs / self.freedom) if noise else 0.0
+        low, high = self.interval(value, _law(self.samples, log_x)[0], error)
         return np.exp(low), np.exp(high)
 
-    def interval(self, value: Array, samples: Array) -> tuple[Array, Array]:
-        """Return the interval's ends for a `value` [m] with bootstrap `samples` [resamples, m].
+    def interval(self, value: Array, samples: Array, error: float = 0.0) -> tuple[Array, Array]:
+        """Return the ends of the interval of a `value` [m] with bootstrap `samples` [resamples, m].
 
-        The fitted parameters absorb part of the noise, so the residuals underestimate it; the interval is widened to
-        compensate.
+        They are percentiles, stretched by the quantile of Student's t over the normal one, because few runs give the
+        spread only roughly. Weighting the runs allows for their leverage much as the jackknife does, so no factor is
+        due for residuals that the fit has made too small (MacKinnon and White 1985). A new measurement's standard
+        `error` adds noise that follows Student's t, too.
         """
-        wide = value + (samples - value) * math.sqrt(self.runs / max(1, self.runs - len(self.theta)))
-        tail = 50 * (1 - LEVEL)
-        low, high = np.percentile(wide, [tail, 100 - tail], axis=0)
+        tail = (1 + LEVEL) / 2
+        spread = (samples - value) * stdtrit(self.freedom, tail) / ndtri(tail)
+        spread += error * np.random.default_rng(1).standard_t(self.freedom, spread.shape)
+        low, high = value + np.quantile(spread, [1 - tail, tail], axis=0)
         return low, high
 
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom that are left to estimate the noise."""
+        return max(1, self.runs - len(self.theta))
 
-def fit_frontier(points: Sequence[ComputePoint], resamples: int = RESAMPLES) -> ScalingFit:
+
+def fit_frontier(points: Sequence[ComputePoint]) -> ScalingFit:
     """Fit L(C) to the best size at each budget. Raises InputError for fewer than 4 budgets or 4 runs there."""
     check_points(points)
     best = frontier(points)
     if len(best) < 4:
-        raise InputError(f"frontier: got {len(best)} budgets, expected 4 or more for the 3 parameters of E + A C^-a")
-    chosen = [p for p in points if any(p.budget == b.budget and p.parameters == b.parameters for b in best)]
-    return _fit(("C",), np.log([[p.flops] for p in chosen]), chosen, 4, resamples)
+        raise InputError(
+            f"L(C): got points of {len(best)} budgets, expected 4 or more for its 3 parameters; add budgets to the"
+            " study"
+        )
+    sizes = {b.budget: b.parameters for b in best}
+    chosen = [p for p in points if p.parameters == sizes[p.budget]]
+    return _fit(("C",), chosen)
 
 
-def fit_size_data(points: Sequence[ComputePoint], resamples: int = RESAMPLES) -> ScalingFit:
+def fit_size_data(points: Sequence[ComputePoint]) -> ScalingFit:
     """Fit L(N, D) to all points. Raises InputError for fewer than 3 sizes, 6 runs or 8 points."""
     check_points(points)
     sizes = {p.parameters for p in points}
     if len(sizes) < 3 or len(points) < 8:
         raise InputError(
             f"L(N, D): got {len(points)} points of {len(sizes)} sizes, expected 8 or more points of 3 or more sizes"
-            " for its 5 parameters"
+            " for its 5 parameters; add sizes or budgets to the study"
         )
-    return _fit(("N", "D"), np.log([[p.parameters, p.images] for p in points]), points, 6, resamples)
+    return _fit(("N", "D"), points)
 
 
-def _fit(
-    inputs: tuple[str, ...], log_x: Array, points: Sequence[ComputePoint], min_runs: int, resamples: int
-) -> ScalingFit:
+def _log_inputs(inputs: tuple[str, ...], points: Sequence[ComputePoint]) -> Array:
+    return np.log([[getattr(p, FIELDS[name]) for name in inputs] for p in points])
+
+
+def _fit(inputs: tuple[str, ...], points: Sequence[ComputePoint]) -> ScalingFit:
+    log_x = _log_inputs(inputs, points)
     log_y = np.log([p.value for p in points])
     names = sorted({p.run for p in points})
-    if len(names) < min_runs:
+    if len(names) <= len(NAMES[inputs]):
         raise InputError(
-            f"{'L(C)' if len(inputs) == 1 else 'L(N, D)'}: got {len(names)} runs, expected {min_runs} or more; add"
-            " seeds, sizes or separate budgets (more checkpoints of the same runs do not help)"
+            f"L({', '.join(inputs)}): got points of {len(names)} runs, expected {len(NAMES[inputs]) + 1} or more, one"
+            " more than parameters; add seeds, sizes or budgets with runs of their own (more checkpoints of the same"
+            " runs do not count)"
         )
     # Centre the inputs, so that the initial values suit any scale and the parameters are nearly uncorrelated.
     centre = log_x.mean(0)
     x = log_x - centre
-    theta = _minimise(_starts(x, log_y), x, log_y)
-    bound = np.any(np.isclose(theta, _bounds(x, log_y)), axis=0)
+    starts = _starts(x, log_y)
+    theta = _minimise(starts, x, log_y, np.ones(len(points)))
+    (law,), (slopes,) = _law(theta[None], x)
+    at_bound = np.isclose(theta, _bounds(x, log_y), rtol=0, atol=1e-3).any(0)
+    at_bound |= np.abs(slopes).max(0) < DELTA
 
-    # Bootstrap over runs: each resample weights the runs (Rubin 1981), so that no size is ever dropped.
-    rng = np.random.default_rng(0)
-    weights = rng.standard_exponential((resamples, len(names)))
+    # Bootstrap over runs: each resample weights the runs (Rubin 1981), so that no size is ever dropped. The start
+    # is the full fit, but with no term or exponent so small that the loss does not depend on it and it cannot return.
+    # After 200 evaluations, only valleys too flat to determine anything have a thousandth of the loss left to gain.
+    weights = np.random.default_rng(0).standard_exponential((RESAMPLES, len(names)))
     weights *= len(names) / weights.sum(1, keepdims=True)
     run = np.searchsorted(names, [p.run for p in points])
-    samples = _resample(theta, x, log_y, weights[:, run])
-    residuals = log_y - _law(theta[None], x)[0][0]
+    start = np.maximum(theta, starts.min(0))
+    samples = np.stack([_minimise([start], x, log_y, w, 200) for w in weights[:, run]])
+
     k = len(inputs)
-    for t in (theta, samples.T):  # undo the centring
-        t[1 : 1 + k] += (t[1 + k :].T * centre).T
-    undetermined = tuple(name for name, at in zip(NAMES[inputs], bound, strict=True) if at)
-    return ScalingFit(inputs, theta, samples, residuals, tuple(points), undetermined)
+    for thetas in (theta[None], samples):  # undo the centring
+        thetas[:, 1 : 1 + k] += thetas[:, 1 + k :] * centre
+    return ScalingFit(inputs, theta, samples, log_y - law, tuple(points), tuple(compress(NAMES[inputs], at_bound)))
 
 
 def _starts(log_x: Array, log_y: Array) -> Array:
     """Return initial thetas [starts, 1 + 2k]: an irreducible part of the value, equal shares of the rest, exponents."""
     k, y = log_x.shape[1], log_y.min()
-    exponents = list(product((0.15, 0.4, 0.9), repeat=k))
-    return np.array(
-        [
-            [y + math.log(part), *[y + math.log((1 - part) / k)] * k, *alphas]
-            for part, alphas in product((0.2, 0.7, 0.95), exponents)
-        ]
-    )
+    starts = product((0.3, 0.9), *[(0.2, 0.6)] * k)
+    return np.array([[y + math.log(part), *[y + math.log((1 - part) / k)] * k, *alphas] for part, *alphas in starts])
 
 
-def _minimise(starts: Array, log_x: Array, log_y: Array) -> Array:
-    """Run L-BFGS from each start and return the best theta [1 + 2k]."""
-    low, high = _bounds(log_x, log_y)
+def _minimise(
+    starts: Iterable[Array], log_x: Array, log_y: Array, weights: Array, evaluations: int | None = None
+) -> Array:
+    """Return the theta [1 + 2k] of the least Huber loss of the log residuals, the best of all starts.
 
-    def objective(theta: Array) -> tuple[float, Array]:
-        law, jacobian = _law(theta[None], log_x)
-        r = law[0] - log_y
-        return _huber(r).sum() / DELTA, np.clip(r, -DELTA, DELTA) @ jacobian[0] / DELTA
-
-    options = {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-8}
-    found = [
-        minimize(
-            objective, start, jac=True, method="L-BFGS-B", bounds=list(zip(low, high, strict=True)), options=options
-        )
-        for start in starts
-    ]
-    return min(found, key=lambda result: result.fun).x
-
-
-def _resample(theta: Array, log_x: Array, log_y: Array, weights: Array, steps: int = 40) -> Array:
-    """Minimise under each row of weights [resamples, n] in one batch; return theta [resamples, 1 + 2k].
-
-    A tangent parabola bounds the Huber loss from above at every point. Levenberg-Marquardt on those parabolas, starting
-    at the full fit, descends like L-BFGS but fifty times as fast, without a Python call per resample.
+    A weight [n] multiplies its point's loss, not its residual, which would move the Huber threshold.
     """
-    low, high = _bounds(log_x, log_y)
-    thetas = np.repeat(theta[None], len(weights), 0)
-    damping = np.full(len(weights), 1e-3)
-    law, jacobian = _law(thetas, log_x)
-    loss = (weights * _huber(law - log_y)).sum(1)
-    for _ in range(steps):
-        r = law - log_y
-        curvature = weights * np.minimum(1, DELTA / np.maximum(np.abs(r), 1e-300))
-        weighted = (curvature[..., None] * jacobian).swapaxes(1, 2)
-        hessian = weighted @ jacobian
-        diagonal = np.einsum("bii->bi", hessian)
-        diagonal += damping[:, None] * diagonal + 1e-12
-        trial = np.clip(thetas - np.linalg.solve(hessian, weighted @ r[..., None])[..., 0], low, high)
-        trial_law, trial_jacobian = _law(trial, log_x)
-        trial_loss = (weights * _huber(trial_law - log_y)).sum(1)
-        better = trial_loss < loss
-        thetas[better], law[better], jacobian[better] = trial[better], trial_law[better], trial_jacobian[better]
-        loss = np.where(better, trial_loss, loss)
-        damping = np.where(better, damping / 3, damping * 4)
-    return thetas
+
+    def loss(z: Array) -> Array:
+        """Return the loss and its first two derivatives [3, n] by the squared residual z [n] in units of DELTA^2."""
+        root = np.sqrt(np.maximum(z, 1))
+        outlier = z > 1
+        return weights * np.stack([np.where(outlier, 2 * root - 1, z), 1 / root, outlier * -0.5 / root**3])
+
+    def residuals(theta: Array) -> Array:
+        return _law(theta[None], log_x)[0][0] - log_y
+
+    def jacobian(theta: Array) -> Array:
+        return _law(theta[None], log_x)[1][0]
+
+    options = {"bounds": _bounds(log_x, log_y), "loss": loss, "f_scale": DELTA, "max_nfev": evaluations}
+    fits = [least_squares(residuals, start, jacobian, **options) for start in starts]
+    return min(fits, key=lambda fit: fit.cost).x
 
 
 def _bounds(log_x: Array, log_y: Array) -> tuple[Array, Array]:
     """Return bounds on theta beyond which no data could tell a value from an infinite one."""
     k = log_x.shape[1]
-    y = log_y.min()
-    return (
-        np.array([y - 12, *[y - 12] * k, *[1e-3] * k]),
-        np.array([log_y.max(), *[log_y.max() + 12] * k, *[5.0] * k]),
-    )
+    lowest, highest = log_y.min(), log_y.max()
+    low = [lowest - 12] * (1 + k) + [1e-3] * k
+    high = [highest] + [highest + 12] * k + [5.0] * k
+    return np.array(low), np.array(high)
 
 
 def _law(thetas: Array, log_x: Array) -> tuple[Array, Array]:
-    """Return log y [m, n] at inputs [n, k] for thetas [m, 1 + 2k], by a stable logsumexp, and d log y / d theta."""
+    """Return log y [m, n] at inputs [n, k] for thetas [m, 1 + 2k], and d log y / d theta [m, n, 1 + 2k]."""
     k = log_x.shape[1]
+    floor = np.broadcast_to(thetas[:, None, :1], (len(thetas), len(log_x), 1))
     powers = thetas[:, None, 1 : 1 + k] - thetas[:, None, 1 + k :] * log_x
-    terms = np.concatenate([np.broadcast_to(thetas[:, None, :1], (*powers.shape[:2], 1)), powers], axis=2)
-    largest = terms.max(2, keepdims=True)
-    shares = np.exp(terms - largest)
-    total = shares.sum(2, keepdims=True)
-    shares /= total
-    return (largest + np.log(total))[..., 0], np.concatenate([shares, -shares[..., 1:] * log_x], axis=2)
-
-
-def _huber(r: Array) -> Array:
-    a = np.abs(r)
-    return np.where(a <= DELTA, a**2 / 2, DELTA * (a - DELTA / 2))
+    terms = np.concatenate([floor, powers], axis=2)
+    log_y = np.logaddexp.reduce(terms, axis=2)
+    shares = np.exp(terms - log_y[..., None])
+    return log_y, np.concatenate([shares, -shares[..., 1:] * log_x], axis=2)
 
 
 @dataclass(frozen=True)
@@ -272,11 +290,12 @@ class Best:
 
 def frontier(points: Sequence[ComputePoint]) -> list[Best]:
     """Return the size with the lowest mean over seeds at each budget, in order of budget."""
-    found = []
+    best = []
     for budget, means in _means(points).items():
         parameters = min(means, key=lambda n: means[n])
-        found.append(Best(budget, parameters, means[parameters], parameters in (min(means), max(means))))
-    return found
+        edge = parameters in (min(means), max(means))
+        best.append(Best(budget, parameters, means[parameters], edge))
+    return best
 
 
 def _means(points: Sequence[ComputePoint]) -> dict[float, dict[float, float]]:
@@ -305,7 +324,7 @@ class Parabola:
 def isoflop(points: Sequence[ComputePoint]) -> list[Parabola]:
     """Fit a parabola at each budget with 3 or more sizes. A minimum outside them gives no optimum."""
     check_points(points)
-    found = []
+    curves = []
     for budget, means in _means(points).items():
         if len(means) < 3:
             continue
@@ -319,8 +338,8 @@ def isoflop(points: Sequence[ComputePoint]) -> list[Parabola]:
         elif not log_n.min() < optimum < log_n.max():
             side = "smallest" if optimum <= log_n.min() else "largest"
             problem = f"its minimum lies beyond the {side} size"
-        found.append(Parabola(budget, (c0, c1, c2), None if problem else math.exp(optimum), problem))
-    return found
+        curves.append(Parabola(budget, (c0, c1, c2), None if problem else math.exp(optimum), problem))
+    return curves
 
 
 @dataclass(frozen=True)
@@ -339,8 +358,12 @@ def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: floa
     closed-form solution. Raises InputError if the points bracket no optimum at any budget or do not determine it.
     """
     assert fit.inputs == ("N", "D")
-    if open_ := [name for name in fit.undetermined if name != "E"]:  # the floor moves no optimum
-        raise InputError(f"compute-optimal size: the points do not determine {', '.join(open_)} of L(N, D)")
+    for name, reason in fit.undetermined.items():
+        if name != "E":  # the floor moves no optimum
+            raise InputError(
+                f"compute-optimal size: the points do not determine {name} of L(N, D): {reason}; add seeds, sizes or"
+                " budgets to the study"
+            )
     if all(b.edge for b in frontier(points)):
         raise InputError(
             "compute-optimal size: at every budget the best size is the smallest or largest measured, so the points"
@@ -363,7 +386,7 @@ def compute_optimal(fit: ScalingFit, points: Sequence[ComputePoint], flops: floa
     if high[0] - low[0] > math.log(1e3):
         raise InputError(
             f"compute-optimal size: its interval is {math.exp(low[0]):.2g} to {math.exp(high[0]):.2g} weights; the"
-            " points do not determine it; add seeds, sizes or budgets"
+            " points do not determine it; add seeds, sizes or budgets to the study"
         )
     return Optimum(*np.exp(best_logs).tolist()), Optimum(*np.exp(low).tolist()), Optimum(*np.exp(high).tolist())
 
@@ -383,33 +406,40 @@ class HeldOut:
         return self.low <= self.measured <= self.high
 
 
-def hold_out(points: Sequence[ComputePoint], law: str, resamples: int = RESAMPLES) -> HeldOut:
+def hold_out(points: Sequence[ComputePoint], law: str) -> HeldOut:
     """Fit a law ("L(C)" or "L(N, D)") to all but the largest budget and predict a measurement at that budget.
 
-    Raises InputError if the remaining points are too few to fit.
+    Raises InputError if the remaining points are too few to fit, or if the prediction spans more than a decade.
     """
     last = max(p.budget for p in points)
     rest = [p for p in points if p.budget < last]
     best = frontier(points)[-1]
-    mean = [p for p in points if p.budget == last and p.parameters == best.parameters]
-    if law == "L(C)":
-        fit, x = fit_frontier(rest, resamples), [[p.flops for p in mean[:1]]]
-    else:
-        fit, x = fit_size_data(rest, resamples), [[best.parameters], [mean[0].images]]
-    low, high = fit.band(*x, noise=True)
-    return HeldOut(last, best.value, float(fit.predict(*x)[0]), float(low[0]), float(high[0]))
+    target = next(p for p in points if p.budget == last and p.parameters == best.parameters)
+    try:
+        fit = (fit_frontier if law == "L(C)" else fit_size_data)(rest)
+    except InputError as error:
+        raise InputError(f"without the largest budget, {last:.3g} FLOPs: {error}") from None
+    x = [getattr(target, FIELDS[name]) for name in fit.inputs]
+    (predicted,) = fit.predict(*x).tolist()
+    (low,), (high,) = fit.band(*x, noise=True)
+    if high > 10 * low:
+        raise InputError(
+            f"the value predicted at {last:.3g} FLOPs is {low:.3g} to {high:.3g}, more than a decade: the other budgets"
+            " do not determine it; add seeds, sizes or budgets to the study"
+        )
+    return HeldOut(last, best.value, predicted, float(low), float(high))
 
 
 def warnings(points: Sequence[ComputePoint]) -> list[str]:
     """Return warnings about optima at the edge of, or outside, the measured sizes."""
-    said = [
+    lines = [
         f"budget {b.budget:.2g} FLOPs: the best size, {b.parameters:,.0f} weights, is at the edge of the grid; a better"
         " one may lie beyond it"
         for b in frontier(points)
         if b.edge
     ]
-    said += [f"isoFLOP parabola at {c.budget:.2g} FLOPs: {c.problem}" for c in isoflop(points) if c.problem]
-    return said
+    lines += [f"isoFLOP parabola at {c.budget:.2g} FLOPs: {c.problem}" for c in isoflop(points) if c.problem]
+    return lines
 
 
 def _columns(x: Sequence[Any]) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,47 +13,65 @@ from jobs.study.scaling import compute_optimal, fit_frontier, fit_size_data, fro
 
 
 def test_exact_points_give_the_exact_law() -> None:
-    found = fit_size_data(grid(), 20).parameters()
-    for name, true in {"E": E, "A": A, "B": B, "alpha": ALPHA, "beta": BETA}.items():
-        assert found[name][0] == pytest.approx(true, rel=1e-2), name
+    size_data = fit_size_data(grid())
     e, k, a = scaling.PAPER["nll"]
-    found = fit_frontier(line(), 20).parameters()
-    for name, true in {"E": e, "A": k**-a, "a": a}.items():
-        assert found[name][0] == pytest.approx(true, rel=1e-2), name
+    compute = fit_frontier(line())
+    for fit, true in (
+        (size_data, {"E": E, "A": A, "B": B, "alpha": ALPHA, "beta": BETA}),
+        (compute, {"E": e, "A": k**-a, "a": a}),
+    ):
+        for name, (value, low, high) in fit.parameters().items():
+            assert value == pytest.approx(true[name], rel=1e-3), name
+            assert low == pytest.approx(high, rel=1e-3), name
+        assert fit.samples.shape == (scaling.RESAMPLES, len(true))
+        assert not fit.undetermined
+
+
+REPEATS, COVERED = 12, 10
+"""Intervals that cover 95 % cover fewer than 10 of 12 twice in a hundred tests. docs/decisions.md has more repeats."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["L(C)", "L(N, D)"])
-def test_true_exponents_lie_in_their_intervals(kind: str) -> None:
-    """At least 90 of 100 nominal 95 % intervals cover the true value."""
-    hits = dict.fromkeys(("a",) if kind == "L(C)" else ("alpha", "beta"), 0)
-    true = {"a": scaling.PAPER["nll"][2], "alpha": ALPHA, "beta": BETA}
-    for seed in range(100):
-        if kind == "L(C)":
-            found = fit_frontier(line(0.005, seed), 200).parameters()
-        else:
-            found = fit_size_data(grid(0.01, seed), 200).parameters()
-        for name in hits:
-            _, low, high = found[name]
-            hits[name] += low <= true[name] <= high
-            assert high - low < true[name]  # a wide enough interval would always cover
-    assert min(hits.values()) >= 90, hits
+def test_intervals_cover_the_law_of_size_and_data() -> None:
+    """Three sizes, five budgets, one seed each, 2 % noise: a small grid, whose floor is hard to find."""
+    hits = Counter()
+    for seed in range(REPEATS):
+        parameters = fit_size_data(grid(0.02, seed, sizes=SIZES[::2])).parameters()
+        for name, true in {"E": E, "alpha": ALPHA, "beta": BETA}.items():
+            _, low, high = parameters[name]
+            hits[name] += low <= true <= high
+            if name != "E":
+                assert high - low < true  # a wide enough interval would always cover
+    assert min(hits.values()) >= COVERED, hits
 
 
-def test_the_bootstrap_finds_what_the_fit_would_find() -> None:
-    """A weight of 2 equals a repeated point, so the two minimisers must agree."""
+@pytest.mark.slow
+def test_intervals_cover_the_law_of_compute_and_the_next_budget() -> None:
+    e, _, a = scaling.PAPER["nll"]
+    hits = Counter()
+    for seed in range(REPEATS):
+        points = line(0.01, seed, budgets=5)
+        parameters = fit_frontier(points).parameters()
+        for name, true in {"E": e, "a": a}.items():
+            _, low, high = parameters[name]
+            hits[name] += low <= true <= high
+        held = hold_out(points, "L(C)")
+        hits["held out"] += held.covered
+        assert held.high < 2 * held.low
+    assert min(hits.values()) >= COVERED, hits
+
+
+def test_a_weight_counts_as_repeated_points() -> None:
     points = grid(0.01)
-    log_x = np.log([[p.parameters, p.images] for p in points])
-    log_x -= log_x.mean(0)
-    log_y = np.log([p.value for p in points])
-    start = scaling._minimise(scaling._starts(log_x, log_y), log_x, log_y)
-    twice = np.random.default_rng(3).integers(0, 3, (4, len(points)))
-    batch = scaling._resample(start, log_x, log_y, twice.astype(float), steps=200)
-    for weights, theta in zip(twice, batch, strict=True):
-        x, y = np.repeat(log_x, weights, 0), np.repeat(log_y, weights)
-        alone = scaling._minimise(scaling._starts(x, y), x, y)
-        loss = [scaling._huber(scaling._law(t[None], x)[0][0] - y).sum() for t in (theta, alone)]
-        assert loss[0] == pytest.approx(loss[1], rel=1e-3)
+    x = np.log([[p.parameters, p.images] for p in points])
+    x -= x.mean(0)
+    y = np.log([p.value for p in points])
+    starts = scaling._starts(x, y)
+    for weights in np.random.default_rng(3).integers(0, 3, (4, len(points))):
+        weighted = scaling._minimise(starts, x, y, weights)
+        x_repeated, y_repeated = np.repeat(x, weights, 0), np.repeat(y, weights)
+        repeated = scaling._minimise(starts, x_repeated, y_repeated, np.ones(len(y_repeated)))
+        assert weighted == pytest.approx(repeated, rel=1e-3)
 
 
 def test_runs_not_checkpoints_are_resampled() -> None:
@@ -65,7 +84,7 @@ def test_runs_not_checkpoints_are_resampled() -> None:
         for p in grid(sizes=[n])
     ]
     apart = [dataclasses.replace(p, run=f"{p.run}-{p.budget:.3g}") for p in runs]
-    fits = [fit_size_data(points, 200) for points in (runs, apart)]
+    fits = [fit_size_data(points) for points in (runs, apart)]
     assert [fit.runs for fit in fits] == [15, 75]
     bands = [fit.band(1e9, 1e9) for fit in fits]
     assert bands[0][1] - bands[0][0] > 1.2 * (bands[1][1] - bands[1][0])
@@ -92,64 +111,93 @@ def test_parabolas() -> None:
     beyond = [dataclasses.replace(p, value=math.exp(0.01 * math.log(p.parameters / 1e10) ** 2)) for p in grid()]
     assert all("beyond the largest size" in c.problem for c in isoflop(beyond))
     assert all(c.parameters is None for c in isoflop(beyond))
-    said = scaling.warnings(beyond)
-    assert sum("edge of the grid" in line for line in said) == sum("isoFLOP" in line for line in said) == len(BUDGETS)
+    warnings = scaling.warnings(beyond)
+    assert sum("edge of the grid" in warning for warning in warnings) == len(BUDGETS)
+    assert sum("isoFLOP" in warning for warning in warnings) == len(BUDGETS)
 
 
 def test_the_compute_optimal_size_is_the_laws_minimum() -> None:
     points = grid(0.01)
-    fit = fit_size_data(points, 50)
-    found, low, high = compute_optimal(fit, points, 1e18)
+    fit = fit_size_data(points)
+    best, low, high = compute_optimal(fit, points, 1e18)
     sizes = np.geomspace(1e5, 1e10, 200_001)
     values = fit.predict(sizes, 1e18 / (6 * sizes))
-    assert found.parameters == pytest.approx(sizes[values.argmin()], rel=1e-3)
-    assert found.value == pytest.approx(values.min(), rel=1e-6)
-    assert 6 * found.parameters * found.images == pytest.approx(1e18)
-    assert low.value <= found.value <= high.value
+    assert best.parameters == pytest.approx(sizes[values.argmin()], rel=1e-3)
+    assert best.value == pytest.approx(values.min(), rel=1e-6)
+    assert 6 * best.parameters * best.images == pytest.approx(1e18)
+    assert low.value <= best.value <= high.value
 
 
 def test_the_largest_budget_is_predicted_from_the_others() -> None:
-    covered = 0
-    for seed in range(10):
-        points = grid(0.01, seed)
-        held = hold_out(points, "L(N, D)", 100)
-        assert held.budget == BUDGETS[-1]
-        assert held.measured == frontier(points)[-1].value
-        covered += held.covered
-    assert covered >= 8
-    surprised = [dataclasses.replace(p, value=p.value * (1.3 if p.budget == BUDGETS[-1] else 1)) for p in grid(0.01)]
-    assert not hold_out(surprised, "L(N, D)", 100).covered
-    assert hold_out(line(0.002), "L(C)", 100).predicted == pytest.approx(3.45, abs=0.1)
+    points = grid(0.01)
+    held = hold_out(points, "L(N, D)")
+    assert held.budget == BUDGETS[-1]
+    assert held.measured == frontier(points)[-1].value
+    assert held.covered
+    surprising = [dataclasses.replace(p, value=p.value * (1.3 if p.budget == BUDGETS[-1] else 1)) for p in points]
+    assert not hold_out(surprising, "L(N, D)").covered
+    assert hold_out(line(0.002), "L(C)").predicted == pytest.approx(3.45, abs=0.1)
+
+
+def test_few_runs_widen_the_intervals() -> None:
+    """Student's t: 1.01 times the normal interval from 80 degrees of freedom, 6.5 times from one."""
+    exact = fit_frontier(line())
+    samples = exact.theta + np.random.default_rng(0).normal(0, 0.01, (100_000, 3))
+    for runs, factor in ((4, 6.48), (5, 2.20), (16, 1.10)):
+        fit = dataclasses.replace(exact, samples=samples, points=exact.points[:runs])
+        low, high = fit.interval(fit.theta, samples)
+        assert high - low == pytest.approx(2 * 1.96 * 0.01 * factor, rel=0.02)
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     points = grid(0.01)
+    other = [dataclasses.replace(p, passport={"images": 64 if i else 32}) for i, p in enumerate(points)]
     for refused, says in (
-        (lambda: fit_frontier([p for p in points if p.budget < BUDGETS[3]]), "3 budgets, expected 4"),
-        (lambda: fit_size_data([p for p in points if p.parameters < SIZES[2]]), "10 points of 2 sizes"),
-        (lambda: fit_frontier([dataclasses.replace(p, run="one") for p in line()]), "got 1 runs"),
-        (lambda: fit_size_data([*points, dataclasses.replace(points[0], value=math.nan)]), "the value nan"),
-        (
-            lambda: fit_size_data(
-                [dataclasses.replace(p, passport={"images": 64 if i else 32}) for i, p in enumerate(points)]
-            ),
-            r"not comparable: they differ in images: 32 and 64",
-        ),
+        (lambda: fit_frontier([p for p in points if p.budget < BUDGETS[3]]), "3 budgets, expected 4 .* add budgets"),
+        (lambda: fit_size_data([p for p in points if p.parameters < SIZES[2]]), "10 points of 2 sizes, .* add sizes"),
+        (lambda: fit_frontier([dataclasses.replace(p, run="one") for p in line()]), "1 runs, expected 4 .* add seeds"),
+        (lambda: fit_size_data([*points, dataclasses.replace(points[0], value=math.nan)]), "the value nan.* again"),
+        (lambda: fit_size_data(other), "not comparable: they differ in images: 32 and 64"),
         (
             lambda: hold_out([p for p in points if p.budget < BUDGETS[4]], "L(C)"),
-            "3 budgets",
+            r"without the largest budget, 1.78e\+16 FLOPs: .* 3 budgets, expected 4",
         ),
     ):
         with pytest.raises(ValueError, match=says):
             refused()
-    small = [p for p in grid(sizes=SIZES[:3]) if p.budget > BUDGETS[2]]
-    flat = [dataclasses.replace(p, value=law(1e9, p.images)) for p in points]  # independent of size
-    fit = fit_size_data(flat, 20)
-    assert "alpha" in fit.undetermined or "A" in fit.undetermined
-    with pytest.raises(ValueError, match=r"do not determine .* of L\(N, D\)"):
+
+
+@pytest.mark.slow
+def test_a_term_that_vanishes_is_undetermined() -> None:
+    flat = [dataclasses.replace(p, value=law(1e9, p.images)) for p in grid(sizes=SIZES[::2])]  # independent of size
+    fit = fit_size_data(flat)
+    assert fit.undetermined == dict.fromkeys(("A", "alpha"), "it ended at a bound of the fit")
+    with pytest.raises(ValueError, match=r"do not determine A of L\(N, D\): it ended at a bound"):
         compute_optimal(fit, flat, 1e18)
-    noisy = grid(0.6)
+
+
+def test_what_the_points_do_not_determine_is_refused() -> None:
+    points = grid(0.01)
+    noisy = fit_frontier(line(0.02, budgets=5, seeds=1))
+    assert "reaches above the smallest measured value" in noisy.undetermined["E"]
+    assert noisy.undetermined["a"] == "its interval spans more than a decade"
+    with pytest.raises(ValueError, match=r"value predicted at 1e\+20 FLOPs is .* more than a decade.* add seeds"):
+        hold_out(line(1.0, budgets=5, seeds=1), "L(C)")
+
+    exact = fit_size_data(grid())
+
+    def vague(*spreads: float) -> scaling.ScalingFit:
+        noise = np.random.default_rng(0).normal(0, spreads, exact.samples.shape)
+        return dataclasses.replace(exact, samples=exact.samples + noise)
+
+    assert vague(0, 0, 0, 0.3, 0).undetermined == {"alpha": "its interval spans more than a decade"}
+    with pytest.raises(ValueError, match=r"determine alpha .* more than a decade; add seeds"):
+        compute_optimal(vague(0, 0, 0, 0.3, 0), points, 1e18)
+    slow = vague(2, 0, 0, 0.11, 0)  # a slow power law and a floor look alike
+    assert "stands in for the floor" in slow.undetermined["alpha"]
+    assert "alpha" not in vague(0, 0, 0, 0.11, 0).undetermined
+    assert not vague(0, 3, 0, 0, 0).undetermined  # decades of A alone say nothing
     with pytest.raises(ValueError, match=r"interval is .* weights; the points do not determine it"):
-        compute_optimal(fit_size_data(noisy, 100), noisy, 1e18)
+        compute_optimal(vague(0, 3, 0, 0, 0), points, 1e18)
     with pytest.raises(ValueError, match="show no optimum"):
-        compute_optimal(fit_size_data(grid(sizes=SIZES[:3]), 20), small, 1e18)
+        compute_optimal(exact, grid(sizes=SIZES[:3], budgets=BUDGETS[3:]), 1e18)

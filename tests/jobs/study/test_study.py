@@ -1,6 +1,7 @@
 """A study: its file, its plan, its runs from the start through a signal to the end, and its report."""
 
 import base64
+import dataclasses
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_module
-from laws import BUDGETS, grid
+from laws import BUDGETS, grid, line
 from mlflow import MlflowClient
 
 from iddpm.config import UNetConfig
@@ -274,8 +275,8 @@ def test_a_report(measured: Study, tmp_path: Path, capsys) -> None:
     page = (tmp_path / "r" / "report.html").read_text()
     assert "warning: MLflow did not take the report" in said
     drawn = {f"{metric}-{name}.png" for metric in ("nll", "fd_digits") for name in ("frontier", "isoflop", "residuals")}
-    assert {p.name for p in (tmp_path / "r").glob("*.png")} == drawn | {"nll-papers.png"}  # fd_digits is not FID
-    assert page.count("data:image/png;base64,") == 8
+    assert {p.name for p in (tmp_path / "r").glob("*.png")} == drawn
+    assert page.count("data:image/png;base64,") == 7
     assert base64.b64encode(b"a picture").decode() in page
     assert 'src="http' not in page
     fits = json.loads((tmp_path / "r" / "fit.json").read_text())
@@ -317,6 +318,18 @@ def test_a_report_says_what_it_refuses(measured: Study) -> None:
     assert "expected 4 or more" in findings.refused["L(C)"]
     assert "refused: L(C)" in findings.text()
     assert set(draw_figures(findings)) == {"frontier", "isoflop"}
+
+
+def test_the_papers_fit_is_drawn_only_beside_a_floor_that_is_known() -> None:
+    known = Findings(line(0.005))
+    assert "papers" in draw_figures(known)
+    other = Findings([dataclasses.replace(p, name="fd_digits") for p in line(0.005)])
+    assert "papers" not in draw_figures(other)  # it is not FID
+    unknown = Findings(line(0.02, budgets=5, seeds=1))
+    assert "papers" not in draw_figures(unknown)
+    reason = unknown.fits["L(C)"].undetermined["E"]
+    assert re.search(rf"  E .*\]  undetermined: {reason}", unknown.text())
+    assert f"warning: L(C): the points do not determine E: {reason}" in unknown.text()
 
 
 def test_a_changed_passport_is_refused(measured: Study, tmp_path: Path, capsys) -> None:
