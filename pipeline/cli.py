@@ -13,7 +13,7 @@ import yaml
 
 from iddpm.bounds import as_flag
 from pipeline.config import TrainConfig, flatten
-from pipeline.errors import InputError, UserError
+from pipeline.errors import InputError, UserError, message_for_user
 from pipeline.presets import PRESETS
 
 T = TypeVar("T")
@@ -55,11 +55,16 @@ def fail_usage(error: Exception) -> NoReturn:
 
 @contextmanager
 def errors_exit() -> Iterator[None]:
-    """Print an error that is for the user, and exit with status 1; any other gets its traceback."""
+    """Print an error that is for the user and exit with status 1, or with 130 after Ctrl-C; a bug gets its traceback."""
     try:
         yield
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        message = message_for_user(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

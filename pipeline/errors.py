@@ -13,10 +13,6 @@ class InputError(PermanentError, ValueError):
     """A flag, file or dataset is not as expected; the message names it, what was got and what was expected."""
 
 
-class MissingPackage(PermanentError):
-    """A package of an extra is not installed."""
-
-
 EXTRAS = {
     **dict.fromkeys(("s3fs", "boto3"), "s3"),
     **dict.fromkeys(("mlflow", "psycopg"), "mlflow"),
@@ -28,10 +24,15 @@ EXTRAS = {
 """Packages that a laptop may lack, and the extra of pyproject.toml that installs each."""
 
 
-def missing_package(error: BaseException) -> MissingPackage | None:
-    """Explain a failed import, or an error that it caused, by the extra to install; None if it is something else."""
-    while error.__cause__ is not None and not isinstance(error, ModuleNotFoundError):
-        error = error.__cause__
-    if isinstance(error, ModuleNotFoundError) and (package := error.name) in EXTRAS:
-        return MissingPackage(f"{package} is not installed: pip install 'iddpm-pipeline[{EXTRAS[package]}]'")
+def missing_package(name: str) -> str:
+    """Say how to install a package of an extra."""
+    return f"{name} is not installed: pip install 'iddpm-pipeline[{EXTRAS[name]}]'"
+
+
+def message_for_user(error: BaseException) -> str | None:
+    """Return what to print of an error instead of a traceback; None if it is a bug."""
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return missing_package(error.name)
     return None

@@ -14,8 +14,7 @@ from jobs.study.file import OfStudy, load_study
 from jobs.study.plan import Plan, print_plan
 from jobs.study.points import Status, print_status
 from jobs.study.run import Execute, execute
-from pipeline.cli import parse_flags
-from pipeline.errors import UserError
+from pipeline.cli import errors_exit, parse_flags
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ Command = Plan | Annotated[Execute, tyro.conf.subcommand("run")] | Status | Fit 
 
 
 def main(argv: Sequence[str]) -> int:
-    try:
+    with errors_exit():
         options: Any = parse_flags(Command, argv, __doc__ or "")  # type: ignore[arg-type]
         match options:
             case Plan():
@@ -48,11 +47,6 @@ def main(argv: Sequence[str]) -> int:
                 from jobs.study.report import write_report
 
                 write_report(load_study(options.study), getattr(options, "out", None))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from pipeline.config import LaunchConfig
 from pipeline.distributed.world import World, _patience, fail_together, pick_device
-from pipeline.errors import InputError, UserError
+from pipeline.errors import InputError, message_for_user
 from pipeline.masking import first_line
 from pipeline.run.interrupted import INTERRUPTED_STATUS
 
@@ -104,6 +104,8 @@ def _mpi() -> tuple[int, int, int, int]:
     """mpi4py provides ranks and sizes and broadcasts rank 0's address; torch does the rest."""
     try:
         from mpi4py import MPI
+    except ModuleNotFoundError:  # of mpi4py itself
+        raise
     except (ImportError, RuntimeError) as error:
         raise InputError(f"mpi4py finds no MPI library ({first_line(error)}). {_MPI_ADVICE}") from error
 
@@ -173,11 +175,12 @@ def run_main(body: Callable[[World], int | None], config: LaunchConfig) -> NoRet
     except Exception as error:
         status = 1
         if world is None or world.should_tell(error):
-            if isinstance(error, (UserError, OSError)):
-                prefix = f"rank {world.rank}: " if world and world.rank else ""
-                print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-            else:
+            message = message_for_user(error)
+            if message is None:
                 traceback.print_exc()
+            else:
+                prefix = f"rank {world.rank}: " if world and world.rank else ""
+                print(f"{prefix}error: {message}", file=sys.stderr, flush=True)
     leave(world, status)
 
 

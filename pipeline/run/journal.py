@@ -11,10 +11,12 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.config import TrackingConfig
+from pipeline.errors import missing_package
 from pipeline.run.mlflow import Shipper, shipped
 from pipeline.storage.errors import StorageError, advice
 from pipeline.storage.store import Store
@@ -68,6 +70,9 @@ class Journal:
             head = {"uid": self.uid, "name": name, "experiment": tracking.experiment, "parent": tracking.parent}
             self._append("run", **head, config=config, dataset=dataset)
         uri = tracking.mlflow_uri
+        if uri and not find_spec("mlflow"):
+            print(f"warning: {missing_package('mlflow')}; the history is in {self.path}", flush=True)
+            uri = None
         self.shipper = Shipper(self.path, uri, tracking.flush_s) if uri else None
 
     def owes(self, kind: str, step: int) -> bool:
