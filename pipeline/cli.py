@@ -55,7 +55,7 @@ def fail_usage(error: Exception) -> NoReturn:
 
 @contextmanager
 def errors_exit() -> Iterator[None]:
-    """Print an error that is for the user and exit with status 1, or with 130 after Ctrl-C; a bug gets its traceback."""
+    """Print an error for the user and exit with status 1, or with 130 after Ctrl-C; a bug gets its traceback."""
     try:
         yield
     except KeyboardInterrupt:

@@ -77,3 +77,10 @@ def test_libraries_import_no_program() -> None:
     for module, names in imports_of(ROOT).items():
         if module.startswith(("iddpm", *LIBRARIES)):
             assert not names & PROGRAMS, f"{module} imports {', '.join(names & PROGRAMS)}"
+
+
+def test_the_map_in_the_readme_names_every_module_once() -> None:
+    lines = (ROOT / "README.md").read_text().split("```\niddpm/config.py")[1].split("```")[0]
+    named = [line.split()[0] for line in f"iddpm/config.py{lines}".splitlines() if line]
+    files = [path.relative_to(ROOT).as_posix() for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    assert sorted(named) == sorted(file for file in files if not file.endswith("__init__.py"))
