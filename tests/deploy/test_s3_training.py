@@ -171,7 +171,8 @@ def test_faults_kills_and_other_worlds_change_nothing(
     for name in ("samples-0000020.png", "samples-0000060.png", "samples-0000072.png"):
         Store(f"{run}/samples", direct).download(name, tmp_path / name)
         Image.open(tmp_path / name).verify()
-    assert Image.open(grid).size == (134, 134)
+    with Image.open(grid) as picture:
+        assert picture.size == (134, 134)
 
 
 def reached(run: Store) -> int:

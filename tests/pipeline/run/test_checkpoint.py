@@ -413,7 +413,7 @@ def test_racing_attempts_through_lost_replies(s3, together: bool) -> None:
 @pytest.mark.s3
 def test_a_store_that_goes_away_ends_the_writer_at_its_deadline(s3) -> None:
     with FaultProxy(s3, rate=0.0, faults=["500", "reset"]) as proxy:
-        checkpoints = Checkpoints(Store("s3://ckpt/away", StorageConfig(proxy.url, deadline_s=3)))
+        checkpoints = Checkpoints(Store("s3://ckpt/away", StorageConfig(proxy.url, deadline_s=8)))
         writer = checkpoints.claim({})
         writer.save(1, parts(1), {}, 3, None)
         writer.wait()
