@@ -33,7 +33,7 @@ class Steps:
 
     def step(self) -> None:
         train_step(self.state, self.batch, self.world)
-        self.state.ema.update(self.state.params)
+        self.state.ema.update(self.state.params, self.state.step)
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: object) -> Any:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 class EMA:
-    """One average of `params` (name to tensor) per rate, updated by average = rate x average + (1 - rate) x params.
+    """One normalised average of `params` (name to tensor) per rate r.
 
-    Each average starts as a copy of `params` in their dtype, which must be float32 or wider: 1 - rate would round to 0
-    in a narrower one.
+    After t updates it is sum_k r^(t-k) params_k / sum_k r^(t-k), k = 1 .. t: the weighted mean of trained weights. The
+    parameters at construction, which are what it holds before the first update, have no part in it. The averages have
+    the parameters' dtype, which must be float32 or wider: 1 - r would round to 0 in a narrower one.
     """
 
     def __init__(self, params: Mapping[str, Tensor], rates: Sequence[float]):
@@ -20,11 +21,18 @@ class EMA:
         self._averages = {rate: {name: p.detach().clone() for name, p in params.items()} for rate in rates}
 
     @torch.no_grad()
-    def update(self, params: Mapping[str, Tensor]) -> None:
-        """Move every average one step towards `params`, which must have the same names as at construction."""
+    def update(self, params: Mapping[str, Tensor], step: int) -> None:
+        """Add the parameters after training step `step`, counted from 1; their names are those at construction."""
         for rate, average in self._averages.items():
-            torch._foreach_lerp_(list(average.values()), [params[name] for name in average], 1 - rate)
+            share = (1 - rate) / (1 - rate**step)
+            torch._foreach_lerp_(list(average.values()), [params[name] for name in average], share)
 
     def weights(self, rate: float) -> dict[str, Tensor]:
         """Return the average at `rate` by name; these are the live tensors, which the next update changes in place."""
         return self._averages[rate]
+
+
+def without_initial(average: Tensor, initial: Tensor, rate: float, step: int) -> Tensor:
+    """Normalise an average that started as the initial weights, of which it contains rate^step after `step` updates."""
+    remaining = rate**step
+    return ((average.double() - remaining * initial.double()) / (1 - remaining)).to(average.dtype)

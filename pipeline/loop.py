@@ -26,7 +26,7 @@ from pipeline.evaluation.measure import EvaluationPlan, ImagePlan, logged, measu
 from pipeline.evaluation.nll import NllPlan
 from pipeline.hardware import device_name, peak_flops
 from pipeline.images import grid_png
-from pipeline.model import Trained, with_weights
+from pipeline.model import Trained, normalise_averages, with_weights
 from pipeline.run.recorder import Recorder, load_newest, recording, unfinished
 from pipeline.step import TrainState, learning_rate, train_step
 from pipeline.storage.store import Store
@@ -89,7 +89,7 @@ def train(config: TrainConfig, world: World, report: Callable[[int, dict[str, fl
                 # One step, on the next batch.
                 batch = next(batches)
                 train_step(state, batch, world)
-                state.ema.update(state.params)
+                state.ema.update(state.params, state.step)
                 state.count_samples(index, batch)
                 bar.update()
 
@@ -147,6 +147,7 @@ def _resume(config: TrainConfig, run: Store, index: ShardIndex, world: World) ->
     meta = world.broadcast_object(meta)
     state = TrainState(config, world)
     if meta:
+        normalise_averages(parts, meta["step"], meta)
         state.load(meta["step"], parts, world)
         if world.rank == 0:
             state.epoch_digests = {int(epoch): digest for epoch, digest in meta["epoch_digests"].items()}

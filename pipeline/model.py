@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from iddpm.diffusion import Model
+from iddpm.ema import without_initial
 from iddpm.noise import stream_key
 from iddpm.unet import UNet
 from pipeline.config import TrainConfig, from_record
 from pipeline.distributed.world import World
 from pipeline.errors import InputError
-from pipeline.run.checkpoint import Checkpoints
+from pipeline.run.checkpoint import AVERAGES, Checkpoints, Parts
 from pipeline.storage.store import Store
 
 
@@ -35,6 +36,12 @@ class Trained:
     def identity(self) -> list[object]:
         """Everything that its measurements depend on."""
         return [self.meta.get("uid"), self.step, self.ema_rate, self.digest]
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """Passport of the weights: the rate of their average (0: not averaged), and how it was taken."""
+        averaged = self.ema_rate > 0 and self.step > 0  # published weights, at step 0, are averages as published
+        return {"ema": self.ema_rate} | ({"averages": AVERAGES} if averaged else {})
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -83,11 +90,31 @@ def load_trained(
     checkpoint, parts = loaded
 
     config = from_record(checkpoint.meta["config"])
+    digest = checkpoint.parts[part]["sha256"]
+    if normalise_averages(parts, checkpoint.step, checkpoint.meta):
+        digest += "-normalised"
     model = build_model(config)
     model.load_state_dict(parts[part])
     model.fuse(fuse)
     model.to(world.device).eval()
-    return Trained(config, checkpoint.step, checkpoint.meta, rate, model, checkpoint.parts[part]["sha256"])
+    return Trained(config, checkpoint.step, checkpoint.meta, rate, model, digest)
+
+
+def normalise_averages(parts: Parts, step: int, meta: dict[str, Any]) -> bool:
+    """Take the initial weights out of a checkpoint's averages, in place; return whether there were any to normalise.
+
+    Versions that did not write AVERAGES into a checkpoint's metadata averaged from the initial weights on, which seed
+    and configuration determine. Converted checkpoints hold published averages, which stay as they are.
+    """
+    config = from_record(meta["config"])
+    names = {ema_part(rate): rate for rate in config.ema_rates if ema_part(rate) in parts}
+    if not names or step == 0 or meta.get("averages") == AVERAGES:
+        return False
+    initial = build_model(config).state_dict()
+    for part, rate in names.items():
+        for name, average in parts[part].items():
+            average.copy_(without_initial(average, initial[name], rate, step))
+    return True
 
 
 def build_model(config: TrainConfig) -> UNet:

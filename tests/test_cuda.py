@@ -36,7 +36,7 @@ def steps(device: torch.device, count: int, *flags: str) -> TrainState:
     state = TrainState(config, world)
     for _ in range(count):
         train_step(state, batch(config, state.images), world)
-        state.ema.update(state.params)
+        state.ema.update(state.params, state.step)
     return state
 
 
@@ -61,7 +61,7 @@ def test_a_step_never_waits_for_the_device(flags: list[str]) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         train_step(state, ready, World(device=GPU))
-        state.ema.update(state.params)
+        state.ema.update(state.params, state.step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -43,11 +43,16 @@ def test_an_old_run_resumes_as_the_old_version_would_have(old: Path) -> None:
 
 def test_an_old_run_and_dataset_are_sampled_evaluated_and_verified(old: Path) -> None:
     run, data = str(old / "run"), str(old / "dataset")
-    (recorded,) = (r["metrics"]["eval/nll"] for r in read_journal(old / "run") if r["kind"] == "evaluation")
     flags = ("--data", data, "--exact", "--images", "8", "--tracking.uri", "none")
-    run_module("pipeline.evaluate", run, *flags, env={"OMP_NUM_THREADS": "1"})
-    again = [r["metrics"]["eval/nll"] for r in read_journal(old / "run") if r["kind"] == "evaluation"]
-    assert again == pytest.approx([recorded] * len(again), rel=1e-4)
+    for rate in ("0.9", "0"):
+        run_module("pipeline.evaluate", run, "--ema-rate", rate, *flags, env={"OMP_NUM_THREADS": "1"})
+    evaluations = [r for r in read_journal(old / "run") if r["kind"] == "evaluation"]
+    average, weights, new_average, *again = (r["metrics"]["eval/nll"] for r in evaluations)
+    assert again == pytest.approx([weights] * len(again), rel=1e-4)  # none, if equal bit for bit
+    # At step 4 two thirds of the old average are the initial weights; the new one is close to the trained weights.
+    assert abs(new_average - weights) < 0.5 * abs(average - weights)
+    averages = [r["passports"]["eval/nll"].get("averages") for r in evaluations[:3]]
+    assert averages == [None, None, "normalised"]
     run_module("pipeline.sample", run, "--out", str(old / "grid.png"), "--count", "4")
     assert "all hashes match" in run_module("pipeline.prepare", "--verify", data).stdout
 

@@ -124,7 +124,7 @@ def _nll_values(models: Sequence[Trained], plan: EvaluationPlan, index: ShardInd
     common = {"n": nll.total.shape[1], "split": index.split, "data": index.digest[:16], "seed": plan.seed}
     values = []
     for i, model in enumerate(models):
-        passport = {**common, "estimator": estimator, "T": model.config.diffusion.timesteps, "ema": model.ema_rate}
+        passport = {**common, "estimator": estimator, "T": model.config.diffusion.timesteps, **model.weights}
         values.append(Measured(name, nll.mean(i), model.step, passport, nll.standard_error(i)))
     if len(models) > 1:
         difference, error = nll.difference
@@ -175,7 +175,7 @@ class ImageMetrics:
         plan, recipe = self.plan, self.recipe
         passport = {
             "n": plan.samples,
-            "ema": trained.ema_rate,
+            **trained.weights,
             "sampler": recipe.sampler,
             "steps": recipe.steps,
             "eta": recipe.eta,

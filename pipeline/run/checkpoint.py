@@ -33,6 +33,8 @@ from pipeline.storage.errors import DamagedError, StorageError
 from pipeline.storage.store import Store
 
 Parts = dict[str, dict[str, torch.Tensor]]
+AVERAGES = "normalised"
+"""Metadata `averages` of a checkpoint whose moving averages hold nothing of the initial weights."""
 
 
 THREADS = 4  # concurrent requests for parts or records

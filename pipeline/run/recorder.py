@@ -11,7 +11,7 @@ from pipeline.data.shards import ShardIndex
 from pipeline.distributed.world import World
 from pipeline.errors import InputError
 from pipeline.hardware import device_name
-from pipeline.run.checkpoint import Checkpoints, Parts, StaleAttempt
+from pipeline.run.checkpoint import AVERAGES, Checkpoints, Parts, StaleAttempt
 from pipeline.run.interrupted import INTERRUPTED_FILE, mark_interrupted
 from pipeline.run.journal import Journal, read_journal, statuses
 from pipeline.storage.errors import StorageError
@@ -100,6 +100,7 @@ class RunRecorder(Journal, Recorder):
             "config": record(config),
             "uid": self.uid,
             "dataset_digest": index.digest,
+            "averages": AVERAGES,
             "world_size": world.size,
             "torch": torch.__version__,
         }

@@ -146,7 +146,7 @@ def test_a_step_never_waits_for_the_device(digits: str, tmp_path: Path, loss: st
     train_step(state, next(batches), world)
     with Count() as count:
         train_step(state, next(batches), world)
-        state.ema.update(state.params)
+        state.ema.update(state.params, state.step)
     # The remaining one is AdamW's on the CPU, whose step counter is on the host there.
     assert len(count.syncs) == 0, count.syncs
 
