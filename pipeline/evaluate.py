@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Annotated
 
 import tyro
@@ -62,7 +61,7 @@ class EvaluateConfig:
                 "--chain best…: is optimised for one model; it cannot be combined with --against or --against-step"
             )
 
-    @cached_property
+    @property  # not cached: Ray pickles this class by value, as it does all of a program's, and a cache holds a lock
     def plan(self) -> EvaluationPlan:
         """What to measure."""
         metrics = check_metrics(self.metrics, "--metrics")

@@ -11,6 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -114,9 +115,12 @@ class Journal:
 
     def close(self, status: str | None) -> None:
         """End this attempt (FINISHED, FAILED, KILLED; None: unchanged), and give MLflow limited time for the rest."""
-        if status:
-            self._append("status", status=status)
-        self._file.close()
+        try:
+            if status:
+                self._append("status", status=status)
+        finally:
+            with suppress(OSError):  # what a full disk did not take
+                self._file.close()
         if self.shipper:
             self.shipper.close()
 
@@ -129,7 +133,7 @@ class Journal:
     def _append(self, kind: str, **content: Any) -> bytes:
         line = _line({"time": time.time(), "kind": kind, **content})
         try:
-            if os.fstat(self._file.fileno()).st_nlink == 0:
+            if not self.path.exists():
                 raise FileNotFoundError(errno.ENOENT, "deleted while the run was writing to it")
             self._file.write(line)
             self._file.flush()

@@ -18,10 +18,12 @@ def test_the_curves_of_one_run_and_of_two(small_run: str, tmp_path: Path) -> Non
             assert (picture.format, picture.size) == ("PNG", (768, 672))
 
 
-def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_journal_is_refused(tmp_path: Path, capsys) -> None:
     run, out = str(tmp_path / "empty"), tmp_path / "curves.png"
-    with pytest.raises(SystemExit, match=f"error: {run}: no journal with metrics; expected the --out of a training"):
+    with pytest.raises(SystemExit, match="1"):
         main([str(out), run])
+    expected = f"error: {run}: no journal with metrics; expected the --out of a training run\n"
+    assert capsys.readouterr().err == expected
     assert not out.exists()
 
 

@@ -197,6 +197,7 @@ def test_an_evaluation_that_fails_is_a_warning_after_the_checkpoint(digits: str,
     assert read_journal(out)[-1]["status"] == "FINISHED"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the killed attempts' open journals
 def test_what_follows_a_checkpoint_is_made_up_for(digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt that dies between a checkpoint and the grid and evaluation of its step leaves them to the next."""
 

@@ -1,5 +1,6 @@
 """The journal is complete and has each step once; MLflow receives all of it, whatever happens to its server."""
 
+import contextlib
 import json
 import math
 import os
@@ -276,10 +277,13 @@ def test_a_journal_that_cannot_be_written_is_one_error_with_its_path(tmp_path: P
         full = journal(disk / "run", "none")
         with pytest.raises(StorageError, match=r"cannot write .*run/journal\.jsonl: .*No space left.*free some space"):
             full.tags({"much": "x" * 100_000})
+        with contextlib.suppress(StorageError):
+            full.close("FAILED")
     deleted = journal(tmp_path / "run", "none")
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(StorageError, match=r"run/journal\.jsonl: .*deleted .*run the same command again"):
         deleted.log(1, {"train/loss": 1.0})
+    deleted.close(None)
 
 
 def test_the_runs_of_a_study_are_children_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
