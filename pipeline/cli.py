@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -34,6 +35,9 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
             flags = file_flags(options.config) + flags
         except UserError as error:
             fail_usage(error)
+    for word in flags:  # tyro knows only the fields
+        if close := get_close_matches(word.partition("=")[0], ("--preset", "--config", "--dry-run"), 1, 0.85):
+            fail_usage(InputError(f"{word}: no such flag; did you mean {close[0]}?"))
     config = parse_flags(TrainConfig, flags, _description(options.preset), PRESETS[options.preset])
     return config, options.dry_run
 

@@ -11,7 +11,7 @@ from pipeline.config import LaunchConfig, TrackingConfig, check_metrics
 from pipeline.distributed.world import World
 from pipeline.errors import InputError
 from pipeline.evaluation.measure import EvaluationPlan, ImagePlan, measure, track
-from pipeline.evaluation.measured import NORMAL_95
+from pipeline.evaluation.measured import quantile_95
 from pipeline.evaluation.nll import Nll, NllPlan
 from pipeline.model import load_trained
 from pipeline.storage.backends import StorageConfig
@@ -87,7 +87,7 @@ def main(config: EvaluateConfig, world: World) -> None:
             write_file(config.out, _terms_csv(nll), config.storage)
         print(nll.summary())
         if config.compares:
-            print(_verdict(*nll.difference))
+            print(_verdict(*nll.difference, n=nll.total.shape[1]))
 
     values = measure(models, config.plan, data, world, run, show_nll)
 
@@ -100,9 +100,11 @@ def main(config: EvaluateConfig, world: World) -> None:
     world.only_on_rank0(show_and_track)
 
 
-def _verdict(difference: float, standard_error: float) -> str:
+def _verdict(difference: float, standard_error: float | None, n: int) -> str:
     lower = "lower" if difference < 0 else "higher"
-    clear = abs(difference) > NORMAL_95 * standard_error
+    if standard_error is None:
+        return f"the first is {lower} for this one image, which says nothing of others"
+    clear = abs(difference) > quantile_95(n) * standard_error
     return f"the first is {lower}, {'clearly' if clear else 'but not significantly'} (95 %)"
 
 

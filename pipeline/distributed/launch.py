@@ -43,6 +43,11 @@ def _launcher(config: LaunchConfig) -> str:
 def connect(config: LaunchConfig) -> World:
     """Join the other processes of this launch. Raises InputError if the launcher or the device is unavailable."""
     launcher = _launcher(config)
+    if config.workers is not None:
+        raise InputError(
+            f"--workers: got {config.workers}, expected none: only Ray starts workers itself. Under other launchers, such"
+            f" as torchrun --nproc-per-node {config.workers} -m …, their number is the launcher's."
+        )
     if launcher == "local":
         return World(device=pick_device(config.device, 0), timeout_s=config.timeout_s)
 

@@ -1,12 +1,21 @@
 """Measured values with a passport of everything they depend on; values with different passports are not compared."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import InputError
 
 NORMAL_95 = 1.959964  # the normal distribution's 97.5 % quantile
+NORMAL_FROM = 30  # images; for fewer, Student's t is noticeably wider
+
+
+def quantile_95(n: int) -> float:
+    """Return how many standard errors of a mean of n >= 2 values its 95 % interval reaches to each side."""
+    if n >= NORMAL_FROM:
+        return NORMAL_95
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, 0.975))
 
 
 @dataclass(frozen=True)
@@ -19,18 +28,23 @@ class Measured:
     """The checkpoint's training step; not in the passport, because comparisons are between checkpoints."""
     passport: dict[str, Any]
     standard_error: float | None = None
-    """None if the estimator's standard error is unknown."""
+    """None if the estimator's standard error is unknown, as it is for a single image."""
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval by the normal approximation; nan without a standard error."""
-        half = NORMAL_95 * (math.nan if self.standard_error is None else self.standard_error)
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval, for fewer than 30 images by Student's t; None without a standard error."""
+        if self.standard_error is None:
+            return None
+        half = quantile_95(self.passport["n"]) * self.standard_error
         return self.value - half, self.value + half
 
     def __str__(self) -> str:
         text = f"{self.name:24s} {self.value:.4f}"
-        if self.standard_error is not None:
-            text += f" +- {self.standard_error:.4f} (95 %: {self.interval[0]:.4f} to {self.interval[1]:.4f})"
+        if self.interval:
+            low, high = self.interval
+            n = self.passport["n"]
+            remark = "" if n >= NORMAL_FROM else f", by Student's t for {n} images"
+            text += f" +- {self.standard_error:.4f} (95 %: {low:.4f} to {high:.4f}{remark})"
         return f"{text}   [{', '.join(f'{name} {value}' for name, value in self.passport.items())}]"
 
 

@@ -137,12 +137,12 @@ class Nll:
     def mean(self, model: int = 0) -> float:
         return self.total[model].mean().item()
 
-    def standard_error(self, model: int = 0) -> float:
-        """Return the standard error of the mean, over images and draws."""
+    def standard_error(self, model: int = 0) -> float | None:
+        """Return the standard error of the mean, over images and draws; None for a single image."""
         return _standard_error(self.total[model])
 
     @property
-    def difference(self) -> tuple[float, float]:
+    def difference(self) -> tuple[float, float | None]:
         """The first model's mean minus the second's, and its paired standard error."""
         paired = self.total[0] - self.total[1]
         return paired.mean().item(), _standard_error(paired)
@@ -154,8 +154,10 @@ class Nll:
         edges = sorted({1, *(round(terms * quarter / 4) for quarter in (1, 2, 3, 4))}) if terms else []
         lines = []
         for i in range(len(self.total)):
+            error = self.standard_error(i)
+            spread = "" if error is None else f" +- {error:.4f} (standard error over {images} images)"
             lines += [
-                f"bits/dim  {self.mean(i):.4f} +- {self.standard_error(i):.4f} (standard error over {images} images)",
+                f"bits/dim  {self.mean(i):.4f}{spread}",
                 f"  prior       L_T    {self.prior[i]:.6f}",
                 f"  decoder     L_0    {self.decoder[i]:.4f}",
             ]
@@ -167,8 +169,8 @@ class Nll:
         return "\n".join([*lines, f"  {self.evaluations:,} network evaluations{saved}"])
 
 
-def _standard_error(values: Tensor) -> float:
-    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def _standard_error(values: Tensor) -> float | None:
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def measure_nll(
@@ -231,7 +233,9 @@ def _precise(blocks: list[Block], target_se: float | None) -> bool:
         return False
     total = _totals(blocks)
     rows = total if len(total) == 1 else total[:1] - total[1:]
-    return total.shape[1] >= LEAST_IMAGES and all(_standard_error(row) <= target_se for row in rows)
+    if total.shape[1] < LEAST_IMAGES:
+        return False
+    return all((error := _standard_error(row)) is not None and error <= target_se for row in rows)
 
 
 class _Images:

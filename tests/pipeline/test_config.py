@@ -218,3 +218,12 @@ def test_dry_run_tells_the_cost_and_stops(tmp_path) -> None:
     ):
         assert expected in said
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("--presets", "--preset"), ("--confg=x", "--config"), ("--dryrun", "--dry-run")]
+)
+def test_a_flag_that_is_almost_one_is_recognised(word: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_train([word, "digits"])
+    assert capsys.readouterr().err == f"error: {word}: no such flag; did you mean {meant}?\n"

@@ -15,7 +15,10 @@ import pytest
 from conftest import ROOT, TINY, tiny
 from ranks import STRICT, assert_same_run, descendants, newest_step, read
 
+from pipeline.config import LaunchConfig
+from pipeline.distributed.launch import connect
 from pipeline.distributed.world import World
+from pipeline.errors import InputError
 from pipeline.loop import train
 from pipeline.run.interrupted import INTERRUPTED_FILE
 
@@ -169,3 +172,8 @@ def test_a_system_open_mpi_works(digits: str, tmp_path: Path, reference: str) ->
     run = Launched(launcher, digits, tmp_path / "out")
     assert run.wait() == 0, run.said()
     assert_same_run(tmp_path / "out", reference)
+
+
+def test_workers_that_only_ray_can_start_are_refused() -> None:
+    with pytest.raises(InputError, match="--workers: got 8, expected none: .* torchrun --nproc-per-node 8 -m"):
+        connect(LaunchConfig(launcher="local", workers=8))
