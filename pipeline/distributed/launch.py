@@ -45,8 +45,8 @@ def connect(config: LaunchConfig) -> World:
     launcher = _launcher(config)
     if config.workers is not None:
         raise InputError(
-            f"--workers: got {config.workers}, expected none: only Ray starts workers itself. Under other launchers, such"
-            f" as torchrun --nproc-per-node {config.workers} -m …, their number is the launcher's."
+            f"--workers: got {config.workers}, expected none: only Ray starts workers. Elsewhere the launcher has"
+            f" their number, such as torchrun --nproc-per-node {config.workers} -m …"
         )
     if launcher == "local":
         return World(device=pick_device(config.device, 0), timeout_s=config.timeout_s)

@@ -175,5 +175,5 @@ def test_a_system_open_mpi_works(digits: str, tmp_path: Path, reference: str) ->
 
 
 def test_workers_that_only_ray_can_start_are_refused() -> None:
-    with pytest.raises(InputError, match="--workers: got 8, expected none: .* torchrun --nproc-per-node 8 -m"):
+    with pytest.raises(InputError, match=r"--workers: got 8, expected none: .* torchrun --nproc-per-node 8 -m"):
         connect(LaunchConfig(launcher="local", workers=8))
