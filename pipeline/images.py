@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 from pathlib import Path
@@ -34,18 +35,27 @@ def open_image(path: str | Path, grey: bool) -> Image.Image:
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("L" if grey else "RGB")
     except Exception as error:  # Pillow raises many types on broken files
+        # A disk or permission error says nothing about the image, which must not be lost for it.
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ELOOP):
+            raise
         raise Unreadable(f"{path}: {error}") from error
 
 
 def load_image(path: Path, size: int, grey: bool = False) -> np.ndarray:
     """Load an image, its short side reduced to `size` and its centre cropped. Raises `Unreadable` as `open_image`."""
     image = open_image(path, grey)
+    # What lies far from the centre has no part in it, and a strip of 1 x 65,000 pixels would become gigabytes.
+    image = _centre(image, *(min(side, 8 * min(image.size)) for side in image.size))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return planes(image.crop((left, top, left + size, top + size)))
+    return planes(_centre(image, size, size))
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:

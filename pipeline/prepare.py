@@ -46,7 +46,7 @@ class ImageNet64(Output):
 
 @dataclass(frozen=True, kw_only=True)
 class Folder(Output):
-    """A tree of PNG and JPEG files; the first level of subfolders, if any, are the classes.
+    """A tree of images (PNG, JPEG, WebP, TIFF, GIF, …); the first level of subfolders, if any, are the classes.
 
     Images are rotated by EXIF, alpha is flattened on white, the short side is reduced to --size (by halves with a box
     filter, then bicubic) and the centre is cropped. Unreadable files are skipped and listed.
@@ -60,6 +60,8 @@ class Folder(Output):
     """Write one channel instead of RGB."""
     val_fraction: Fraction = 0.05
     """Fraction of the images that become the val split; 0: none."""
+    val_source: Path | None = None
+    """Directory of the val split's images, with the same class folders; then --val-fraction does not apply."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,10 @@ def prepare_digits(out_url: str, config: StorageConfig | None = None) -> None:
 
 def prepare(options: Digits | ImageNet64 | Folder) -> None:
     """Write all splits of a dataset and print what was written."""
-    if isinstance(options, ImageNet64 | Folder) and not options.source.is_dir():
-        raise InputError(f"source: {options.source} is not a directory")
+    for name in ("source", "val_source"):
+        folder_given = getattr(options, name, None)
+        if folder_given and not folder_given.is_dir():
+            raise InputError(f"{name}: {folder_given} is not a directory")
     store = Store(options.out, options.storage)
     store.check(write=True)  # before the source is read, which may take long
     with contextlib.ExitStack() as stack:
@@ -87,7 +91,7 @@ def prepare(options: Digits | ImageNet64 | Folder) -> None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="imagenet64-", dir=options.scratch))
             splits = imagenet64(options.source, Path(scratch))
         elif isinstance(options, Folder):
-            splits = folder(options.source, options.size, options.grey, options.val_fraction)
+            splits = folder(options.source, options.size, options.grey, options.val_fraction, options.val_source)
         else:
             splits = digits()
         for split in splits:

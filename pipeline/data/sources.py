@@ -6,7 +6,8 @@ import shutil
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,61 @@ def _map_array(path: Path, scratch: Path) -> np.ndarray:
     return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
-def folder(source: Path, size: int, grey: bool, val_fraction: float) -> list[Split]:
-    files = sorted(_images(source))
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", ".gif", ".bmp", ".ppm", ".pgm", ".avif")
+"""Files that `folder` reads; of an animation, its first frame."""
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "lost+found")  # of a NAS, an archive, a disk; hidden ones start with a dot
+
+
+def folder(source: Path, size: int, grey: bool, val_fraction: float, val_source: Path | None = None) -> list[Split]:
+    """Return a train split of the images below `source`, and a val split: those below `val_source`, or a part of them.
+
+    Raises InputError if what belongs to which class is not clear.
+    """
+    files, class_names = _classified(source)
+    if val_source:
+        val_files, val_names = _classified(val_source)
+        if val_names != class_names:
+            different = sorted(set(val_names) ^ set(class_names))
+            raise InputError(
+                f"val_source: got {len(val_names)} class folders, expected the {len(class_names)} of {source}; only one"
+                f" of the two has {', '.join(different[:5])}"
+            )
+        parts = [("train", source, files), ("val", val_source, val_files)]
+    else:
+        order = permutation(len(files), "folder split")
+        cut = round(val_fraction * len(files))
+        parts = [("train", source, [files[i] for i in np.sort(order[cut:])])]
+        if cut:
+            parts.append(("val", source, [files[i] for i in np.sort(order[:cut])]))
+    return [_folder_split(name, root, paths, class_names, size, grey) for name, root, paths in parts]
+
+
+def _folder_split(name: str, source: Path, paths: list[str], class_names: list[str], size: int, grey: bool) -> Split:
+    numbers = {name: i for i, name in enumerate(class_names)}
+    sizes = [(path, _size(source / path)) for path in paths]
+    return Split(
+        name,
+        source=f"folder {source.resolve().name}, centre crop, box and bicubic reduction to {size}x{size}",
+        fingerprint=hashlib.sha256(repr(sizes).encode()).hexdigest(),
+        shape=(1 if grey else 3, size, size),
+        class_names=class_names,
+        labels=np.array([numbers.get(path.split("/")[0], 0) for path in paths], np.int64),
+        load=lambda i: load_image(source / paths[i], size, grey),
+    )
+
+
+def _classified(source: Path) -> tuple[list[str], list[str]]:
+    """Return the paths of a folder's images, relative to it, and the names of its classes: the folders in it.
+
+    Prints how many files of each kind are not read. Raises InputError if there is no image, if only some are in class
+    folders, if a class folder has none, whose removal would renumber the others, or if a class's name is not UTF-8.
+    """
+    files, others, skipped = _images(source)
+    for counts, what in ((others, "not images that can be read"), (skipped, "hidden and system folders, skipped")):
+        if counts:
+            print(f"{source}: {what}: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common(8)), flush=True)
     if not files:
-        raise InputError(f"source: {source} contains no .png, .jpg or .jpeg file")
+        raise InputError(f"source: {source} contains no image file; expected {', '.join(SUFFIXES)}")
     class_names = sorted({path.split("/")[0] for path in files if "/" in path})
     loose = [path for path in files if "/" not in path]
     if class_names and loose:
@@ -128,33 +180,33 @@ def folder(source: Path, size: int, grey: bool, val_fraction: float) -> list[Spl
             f"source: {source} contains both class folders ({class_names[0]}…) and {len(loose)} images of "
             f"no class ({loose[0]}…): move those into a class folder or elsewhere"
         )
-    numbers = {name: i for i, name in enumerate(class_names)}
-    order = permutation(len(files), "folder split")
-    cut = round(val_fraction * len(files))
-
-    def split(name: str, ids: np.ndarray) -> Split:
-        paths = [files[i] for i in np.sort(ids)]
-        sizes = [(path, _size(source / path)) for path in paths]
-        return Split(
-            name,
-            source=f"folder {source.resolve().name}, centre crop, box and bicubic reduction to {size}x{size}",
-            fingerprint=hashlib.sha256(repr(sizes).encode()).hexdigest(),
-            shape=(1 if grey else 3, size, size),
-            class_names=class_names,
-            labels=np.array([numbers.get(path.split("/")[0], 0) for path in paths], np.int64),
-            load=lambda i: load_image(source / paths[i], size, grey),
+    folders = _visible(path.name for path in source.iterdir() if path.is_dir())
+    empty = sorted(set(folders) - set(class_names))
+    if class_names and empty:
+        raise InputError(
+            f"source: the class folders {', '.join(empty[:5])} contain no image that can be read; convert their files,"
+            " or move the folders elsewhere, which changes the numbers of the classes after them"
         )
-
-    splits = [split("train", order[cut:])]
-    return splits + [split("val", order[:cut])] if cut else splits
+    for name in class_names:
+        if not name.isprintable():
+            raise InputError(f"source: the class folder {name!r} has a name that is not UTF-8 text: rename it")
+    return files, class_names
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1  # a broken link: an unreadable file
 
 
-def _images(source: Path) -> Iterator[str]:
-    """Yield the paths of image files, relative to `source`, following links."""
+def _visible(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.startswith(".") and name not in SYSTEM_FOLDERS]
+
+
+def _images(source: Path) -> tuple[list[str], Counter[str], Counter[str]]:
+    """Find image files below a folder, following links: their paths relative to it, sorted.
+
+    Also returns how many files of other suffixes there are, and how often each skipped folder occurs.
+    """
+    files, others, skipped = [], Counter[str](), Counter[str]()
     seen = set()
     for directory, folders, names in os.walk(source, followlinks=True, onerror=unless_missing):
         status = os.stat(directory)
@@ -162,6 +214,14 @@ def _images(source: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        skipped.update(set(folders) - set(_visible(folders)))
+        folders[:] = _visible(folders)
         for name in names:
-            if not name.startswith(".") and name.lower().endswith((".png", ".jpg", ".jpeg")):
-                yield (Path(directory) / name).relative_to(source).as_posix()
+            suffix = Path(name).suffix.lower()
+            if name.startswith("."):
+                others["hidden"] += 1
+            elif suffix in SUFFIXES:
+                files.append((Path(directory) / name).relative_to(source).as_posix())
+            else:
+                others[suffix or "without a suffix"] += 1
+    return sorted(files), others, skipped

@@ -1,5 +1,6 @@
 """Preparing datasets: correct pixels, the same bytes every time, resumable, with clear errors."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -232,7 +233,7 @@ def test_folder_mistakes(tmp_path, capsys):
     assert "is not a directory" in error("--source", tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty").mkdir()
-    assert "contains no .png" in error("--source", tmp_path / "empty")
+    assert "contains no image file" in error("--source", tmp_path / "empty")
     picture(tmp_path / "mixed" / "a" / "x.png")
     picture(tmp_path / "mixed" / "y.png")
     assert "images of no class" in error("--source", tmp_path / "mixed")
@@ -251,7 +252,66 @@ def test_linked_folders_are_followed_once(tmp_path):
     (tmp_path / "source" / "b").symlink_to(tmp_path / "real")
     (tmp_path / "source" / "a" / "loop").symlink_to(tmp_path / "source")
     picture(tmp_path / "source" / "a" / "y.png")
-    assert sorted(sources._images(tmp_path / "source")) == ["a/y.png", "b/x.png"]
+    assert sources._images(tmp_path / "source")[0] == ["a/y.png", "b/x.png"]
+
+
+def test_what_a_folder_holds_beside_images_is_counted(tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    for i, suffix in enumerate(("png", "webp", "tif", "gif", "bmp", "jfif")):
+        options = {"format": "jpeg"} if suffix == "jfif" else {}
+        picture(source / "ab"[i % 2] / f"{i}.{suffix}", **options)
+    for folder in (".git", ".ipynb_checkpoints", "@eaDir", "__MACOSX"):
+        picture(source / folder / "x.png")
+    (source / "a" / "IMG.HEIC").write_bytes(b"")
+    (source / "a" / "loop.png").symlink_to("loop.png")
+    (source / "b" / "directory.png").mkdir()
+    assert run("folder", "--source", source, "--size", 8, "--val-fraction", 0, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "not images that can be read: 1 .heic" in said
+    assert "hidden and system folders, skipped: 1 " in said
+    assert "skipped 1 unreadable files:" in said  # the link to itself
+    index = load_index(Store(out), "train")
+    assert (index.num_samples, index.class_names) == (6, ("a", "b"))
+
+
+def test_an_animation_gives_its_first_frame_and_a_strip_its_centre(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert load_image(tmp_path / "x.gif", 8)[:, 4, 4].tolist() == [255, 0, 0]
+    Image.new("L", (1, 65_000), 7).save(tmp_path / "strip.png")  # would be 64 x 4,160,000 pixels
+    assert (load_image(tmp_path / "strip.png", 64, grey=True) == 7).all()
+
+
+def test_a_class_that_would_vanish_is_refused(tmp_path, capsys):
+    picture(tmp_path / "source" / "b" / "x.png")
+    (tmp_path / "source" / "a").mkdir()
+    (tmp_path / "source" / "a" / "x.heic").write_bytes(b"")
+    assert run("folder", "--source", tmp_path / "source", "--size", 8, "--out", tmp_path / "out") == 1
+    assert "the class folders a contain no image that can be read" in capsys.readouterr().err
+
+
+def test_an_unreadable_disk_is_not_an_unreadable_image(tmp_path, capsys, monkeypatch):
+    picture(tmp_path / "source" / "x.png")
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert run("folder", "--source", tmp_path / "source", "--size", 8, "--out", tmp_path / "out") == 1
+    assert "Input/output error" in capsys.readouterr().err
+
+
+def test_a_val_split_of_its_own(tmp_path, capsys):
+    for split, count in (("train", 6), ("val", 4)):
+        for i in range(count):
+            picture(tmp_path / split / "ab"[i % 2] / f"{i}.png", colour=(10 * i, 0, 0))
+    arguments = ("folder", "--source", tmp_path / "train", "--val-source", tmp_path / "val", "--size", 8)
+    assert run(*arguments, "--out", tmp_path / "out") == 0
+    counts = [load_index(Store(tmp_path / "out"), split).num_samples for split in ("train", "val")]
+    assert counts == [6, 4]
+    picture(tmp_path / "val" / "c" / "x.png")
+    assert run(*arguments, "--out", tmp_path / "other") == 1
+    assert "val_source: got 3 class folders, expected the 2" in capsys.readouterr().err
 
 
 # --- imagenet64 ---
