@@ -134,6 +134,11 @@ def _load_data(config: TrainConfig, data: Store, world: World) -> ShardIndex:
             f" {config.image_shape} by --model.in-channels and --model.image-size"
         )
     classes = config.model.num_classes
+    if classes is not None and not index.num_classes:
+        raise InputError(
+            f"--model.num-classes: got {classes}, but the data have no labels; prepare them with class folders or"
+            " --labels-from-names, or train an unconditional model"
+        )
     if classes is not None and classes < index.num_classes:
         raise InputError(f"--model.num-classes: got {classes}, expected at least the {index.num_classes} of the data")
     if config.batch_size < world.size:

@@ -61,7 +61,9 @@ class Folder(Output):
     val_fraction: Fraction = 0.05
     """Fraction of the images that become the val split; 0: none."""
     val_source: Path | None = None
-    """Directory of the val split's images, with the same class folders; then --val-fraction does not apply."""
+    """Directory of the val split's images, with the same classes; then --val-fraction does not apply."""
+    labels_from_names: bool = False
+    """Classes are the parts of the files' names before the first "_", as in n01440764_1.png, instead of folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,14 @@ def prepare(options: Digits | ImageNet64 | Folder) -> None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="imagenet64-", dir=options.scratch))
             splits = imagenet64(options.source, Path(scratch))
         elif isinstance(options, Folder):
-            splits = folder(options.source, options.size, options.grey, options.val_fraction, options.val_source)
+            splits = folder(
+                options.source,
+                options.size,
+                options.grey,
+                options.val_fraction,
+                options.val_source,
+                options.labels_from_names,
+            )
         else:
             splits = digits()
         for split in splits:

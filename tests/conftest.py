@@ -16,11 +16,12 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from PIL import Image
 from s3 import s3  # noqa: F401 -- a fixture, of one server for all tests
 
 from pipeline.cli import parse_train
 from pipeline.config import TrainConfig
-from pipeline.prepare import prepare_digits
+from pipeline.prepare import Folder, prepare, prepare_digits
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,6 +97,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("data") / "digits"
     prepare_digits(str(folder))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of the digits' shape without classes."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    for i in range(24):
+        Image.new("L", (8, 8), 10 * i).save(folder / f"{i}.png")
+    out = folder / "shards"
+    prepare(Folder(source=folder, size=8, grey=True, val_fraction=0.25, out=str(out)))
+    return str(out)
 
 
 @contextmanager

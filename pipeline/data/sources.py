@@ -123,32 +123,43 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff", 
 SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "lost+found")  # of a NAS, an archive, a disk; hidden ones start with a dot
 
 
-def folder(source: Path, size: int, grey: bool, val_fraction: float, val_source: Path | None = None) -> list[Split]:
+def folder(
+    source: Path,
+    size: int,
+    grey: bool,
+    val_fraction: float,
+    val_source: Path | None = None,
+    labels_from_names: bool = False,
+) -> list[Split]:
     """Return a train split of the images below `source`, and a val split: those below `val_source`, or a part of them.
 
     Raises InputError if what belongs to which class is not clear.
     """
-    files, class_names = _classified(source)
+    find = _classes_of_names if labels_from_names else _classes_of_folders
+    classes = find(source)
+    class_names = sorted(set(classes.values()) - {""})
     if val_source:
-        val_files, val_names = _classified(val_source)
-        if val_names != class_names:
-            different = sorted(set(val_names) ^ set(class_names))
+        val_classes = find(val_source)
+        if different := sorted(set(val_classes.values()) ^ set(classes.values())):
             raise InputError(
-                f"val_source: got {len(val_names)} class folders, expected the {len(class_names)} of {source}; only one"
-                f" of the two has {', '.join(different[:5])}"
+                f"val_source: got other classes than {source}, expected the same; only one of the two has"
+                f" {', '.join(different[:5])}"
             )
-        parts = [("train", source, files), ("val", val_source, val_files)]
+        parts = [("train", source, classes), ("val", val_source, val_classes)]
     else:
-        order = permutation(len(files), "folder split")
-        cut = round(val_fraction * len(files))
-        parts = [("train", source, [files[i] for i in np.sort(order[cut:])])]
+        paths = list(classes)
+        order = permutation(len(paths), "folder split")
+        cut = round(val_fraction * len(paths))
+        parts = [("train", source, {paths[i]: classes[paths[i]] for i in np.sort(order[cut:])})]
         if cut:
-            parts.append(("val", source, [files[i] for i in np.sort(order[:cut])]))
-    return [_folder_split(name, root, paths, class_names, size, grey) for name, root, paths in parts]
+            parts.append(("val", source, {paths[i]: classes[paths[i]] for i in np.sort(order[:cut])}))
+    return [_folder_split(name, root, chosen, class_names, size, grey) for name, root, chosen in parts]
 
 
-def _folder_split(name: str, source: Path, paths: list[str], class_names: list[str], size: int, grey: bool) -> Split:
-    numbers = {name: i for i, name in enumerate(class_names)}
+def _folder_split(
+    name: str, source: Path, classes: dict[str, str], class_names: list[str], size: int, grey: bool
+) -> Split:
+    paths, numbers = list(classes), {"": 0} | {name: i for i, name in enumerate(class_names)}
     sizes = [(path, _size(source / path)) for path in paths]
     return Split(
         name,
@@ -156,25 +167,29 @@ def _folder_split(name: str, source: Path, paths: list[str], class_names: list[s
         fingerprint=hashlib.sha256(repr(sizes).encode()).hexdigest(),
         shape=(1 if grey else 3, size, size),
         class_names=class_names,
-        labels=np.array([numbers.get(path.split("/")[0], 0) for path in paths], np.int64),
+        labels=np.array([numbers[classes[path]] for path in paths], np.int64),
         load=lambda i: load_image(source / paths[i], size, grey),
     )
 
 
-def _classified(source: Path) -> tuple[list[str], list[str]]:
-    """Return the paths of a folder's images, relative to it, and the names of its classes: the folders in it.
+def _classes_of_names(source: Path) -> dict[str, str]:
+    """Map a folder's images to their classes: the parts of their names before the first "_", as in n01440764_1.png."""
+    classes = {path: Path(path).name.partition("_")[0] for path in _images(source)}
+    unnamed = [path for path in classes if "_" not in Path(path).name]
+    if unnamed:
+        raise InputError(f"labels_from_names: got {unnamed[0]}, expected names that begin with a class and _")
+    return classes
 
-    Prints how many files of each kind are not read. Raises InputError if there is no image, if only some are in class
-    folders, if a class folder has none, whose removal would renumber the others, or if a class's name is not UTF-8.
+
+def _classes_of_folders(source: Path) -> dict[str, str]:
+    """Map a folder's images to their classes: the folders in it; "" if it has no folders.
+
+    Raises InputError if only some images are in class folders, if a class folder has none, whose removal would renumber
+    the others, or if a class's name is not UTF-8.
     """
-    files, others, skipped = _images(source)
-    for counts, what in ((others, "not images that can be read"), (skipped, "hidden and system folders, skipped")):
-        if counts:
-            print(f"{source}: {what}: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common(8)), flush=True)
-    if not files:
-        raise InputError(f"source: {source} contains no image file; expected {', '.join(SUFFIXES)}")
-    class_names = sorted({path.split("/")[0] for path in files if "/" in path})
-    loose = [path for path in files if "/" not in path]
+    classes = {path: path.split("/")[0] if "/" in path else "" for path in _images(source)}
+    class_names = sorted(set(classes.values()) - {""})
+    loose = [path for path, name in classes.items() if not name]
     if class_names and loose:
         raise InputError(
             f"source: {source} contains both class folders ({class_names[0]}…) and {len(loose)} images of "
@@ -190,7 +205,7 @@ def _classified(source: Path) -> tuple[list[str], list[str]]:
     for name in class_names:
         if not name.isprintable():
             raise InputError(f"source: the class folder {name!r} has a name that is not UTF-8 text: rename it")
-    return files, class_names
+    return classes
 
 
 def _size(path: Path) -> int:
@@ -201,10 +216,10 @@ def _visible(names: Iterable[str]) -> list[str]:
     return [name for name in names if not name.startswith(".") and name not in SYSTEM_FOLDERS]
 
 
-def _images(source: Path) -> tuple[list[str], Counter[str], Counter[str]]:
-    """Find image files below a folder, following links: their paths relative to it, sorted.
+def _images(source: Path) -> list[str]:
+    """Find the image files below a folder, following links: their paths relative to it, sorted.
 
-    Also returns how many files of other suffixes there are, and how often each skipped folder occurs.
+    Prints how many files of other kinds there are, and which folders it skips. Raises InputError if there is no image.
     """
     files, others, skipped = [], Counter[str](), Counter[str]()
     seen = set()
@@ -224,4 +239,9 @@ def _images(source: Path) -> tuple[list[str], Counter[str], Counter[str]]:
                 files.append((Path(directory) / name).relative_to(source).as_posix())
             else:
                 others[suffix or "without a suffix"] += 1
-    return sorted(files), others, skipped
+    for counts, what in ((others, "not images that can be read"), (skipped, "hidden and system folders, skipped")):
+        if counts:
+            print(f"{source}: {what}: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common(8)), flush=True)
+    if not files:
+        raise InputError(f"source: {source} contains no image file; expected {', '.join(SUFFIXES)}")
+    return sorted(files)

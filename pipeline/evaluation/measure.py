@@ -245,6 +245,9 @@ def _load_index(data: Store, split: str, runs: Sequence[TrainConfig], world: Wor
             raise InputError(
                 f"{data}: got images of {index.shape} (channels, height, width), expected {run.image_shape}"
             )
+        classes = run.model.num_classes
+        if classes is not None and not 1 <= index.num_classes <= classes:
+            raise InputError(f"{data}: got data of {index.num_classes} classes, expected 1 to the model's {classes}")
     return index
 
 

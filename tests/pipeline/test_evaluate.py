@@ -333,3 +333,8 @@ def test_evaluating_a_remote_run_while_it_trains_loses_nothing(
     assert [r["status"] for r in there if r["kind"] == "status"] == ["FINISHED", "FINISHED"]
     fetch_journal(Store(run), tmp_path / "third")
     assert [r["step"] for r in evaluations(tmp_path / "third")] == [4]
+
+
+def test_a_class_conditional_model_refuses_data_without_labels(small_run: str, unlabelled: str) -> None:
+    with pytest.raises(ValueError, match="got data of 0 classes, expected 1 to the model's 10"):
+        main(EvaluateConfig(small_run, data=unlabelled, **NO_TRACKING), World())

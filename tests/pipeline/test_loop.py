@@ -255,13 +255,15 @@ def test_another_configuration_is_refused(digits: str, tmp_path: Path, flags: tu
         train(tiny(digits, tmp_path, *flags), World())
 
 
-def test_data_that_does_not_fit_is_refused(digits: str, tmp_path: Path) -> None:
+def test_data_that_does_not_fit_is_refused(digits: str, unlabelled: str, tmp_path: Path) -> None:
     for flags, says in (
         (("--model.in-channels", "3"), "expected \\(3, 8, 8\\)"),
         (("--model.num-classes", "9"), "at least the 10"),
     ):
         with pytest.raises(ValueError, match=says):
             train(tiny(digits, tmp_path / "a", *flags), World())
+    with pytest.raises(ValueError, match="the data have no labels; prepare them with class folders"):
+        train(tiny(unlabelled, tmp_path / "a", "--model.num-classes", "10"), World())
     with pytest.raises(FileNotFoundError, match=r"pipeline\.prepare"):
         train(tiny(str(tmp_path / "nowhere"), tmp_path / "a"), World())
     assert not (tmp_path / "a").exists() or not list((tmp_path / "a").rglob("*.json*"))

@@ -252,7 +252,7 @@ def test_linked_folders_are_followed_once(tmp_path):
     (tmp_path / "source" / "b").symlink_to(tmp_path / "real")
     (tmp_path / "source" / "a" / "loop").symlink_to(tmp_path / "source")
     picture(tmp_path / "source" / "a" / "y.png")
-    assert sources._images(tmp_path / "source")[0] == ["a/y.png", "b/x.png"]
+    assert sources._images(tmp_path / "source") == ["a/y.png", "b/x.png"]
 
 
 def test_what_a_folder_holds_beside_images_is_counted(tmp_path, capsys):
@@ -301,6 +301,18 @@ def test_an_unreadable_disk_is_not_an_unreadable_image(tmp_path, capsys, monkeyp
     assert "Input/output error" in capsys.readouterr().err
 
 
+def test_labels_from_names(tmp_path, capsys):
+    for name in ("cat_1.png", "cat_2.png", "n01440764_10.png"):
+        picture(tmp_path / "source" / name)
+    arguments = ("folder", "--source", tmp_path / "source", "--size", 8, "--labels-from-names", "--val-fraction", 0)
+    assert run(*arguments, "--out", tmp_path / "out") == 0
+    index = load_index(Store(tmp_path / "out"), "train")
+    assert (index.class_names, sorted(index.label.tolist())) == (("cat", "n01440764"), [0, 0, 1])
+    picture(tmp_path / "source" / "3.png")
+    assert run(*arguments, "--out", tmp_path / "other") == 1
+    assert "labels_from_names: got 3.png, expected names" in capsys.readouterr().err
+
+
 def test_a_val_split_of_its_own(tmp_path, capsys):
     for split, count in (("train", 6), ("val", 4)):
         for i in range(count):
@@ -311,7 +323,7 @@ def test_a_val_split_of_its_own(tmp_path, capsys):
     assert counts == [6, 4]
     picture(tmp_path / "val" / "c" / "x.png")
     assert run(*arguments, "--out", tmp_path / "other") == 1
-    assert "val_source: got 3 class folders, expected the 2" in capsys.readouterr().err
+    assert "val_source: got other classes than" in capsys.readouterr().err
 
 
 # --- imagenet64 ---
