@@ -88,7 +88,8 @@ class Blocks:
             for name, tensor in self.computed[number].items():
                 # safetensors requires that tensors share no memory.
                 tensors[f"{number}.{name}"] = tensor.contiguous().clone()
-        self.store.write(f"{self.prefix}{self.saved:08d}.safetensors", save(tensors))
+        data = save(tensors)
+        self.store.write(f"{self.prefix}{self.saved:08d}-{_digest(data)}.safetensors", data)
         self.saved = len(self.computed)
 
     def _load(self) -> None:
@@ -98,7 +99,12 @@ class Blocks:
         blocks: dict[int, Block] = {}
         for file in self.store.list(self.prefix):
             try:
-                tensors = load(self.store.read(file))
+                data = self.store.read(file)
+                digest = file.removesuffix(".safetensors").removeprefix(self.prefix)[9:]
+                if digest not in ("", _digest(data)):  # earlier versions named no digest
+                    print(f"warning: {self.store}/{file} is damaged; its blocks are computed again", flush=True)
+                    continue
+                tensors = load(data)
             except (FileNotFoundError, SafetensorError):
                 continue  # its blocks are computed again
             for key, tensor in tensors.items():
@@ -106,3 +112,7 @@ class Blocks:
                 blocks.setdefault(int(number), {})[name] = tensor
         while block := blocks.get(len(self.computed)):
             self.computed.append(block)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -66,7 +66,21 @@ class Record:
     def encode(self) -> bytes:
         content = dataclasses.asdict(self)
         del content["number"]  # it is in the name
-        return json.dumps(content, indent=1).encode()
+        return json.dumps(content | {"sha256": _digest(content)}, indent=1).encode()
+
+    @classmethod
+    def decode(cls, number: int, data: bytes) -> "Record":
+        """Read what `encode` wrote; raises ValueError, TypeError or AttributeError if it is damaged."""
+        content = json.loads(data)
+        digest = content.pop("sha256", None)  # earlier versions wrote none
+        if digest not in (None, _digest(content)):
+            raise ValueError("its content does not match its sha256")
+        return cls(number, **content)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    plain = json.loads(json.dumps(content))  # as it will be read: all keys are texts
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _number(name: str) -> int:
@@ -91,10 +105,10 @@ class Checkpoints:
 
         def read(name: str) -> Record | None:
             try:
-                return Record(_number(name), **json.loads(self.store.read(name)))
+                return Record.decode(_number(name), self.store.read(name))
             except FileNotFoundError:  # deleted by retention meanwhile
                 return None
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, AttributeError) as error:
                 problems.append(f"{self.store}/{name} is not a checkpoint record ({error})")
                 return None
 

@@ -47,6 +47,12 @@ class Journal:
 
         # Whose journal is there?
         records = read_journal(folder)
+        if records and records[0]["kind"] != "run":  # its first line is damaged: nothing says whose it is
+            aside = folder / f"journal-damaged-{uuid.uuid4().hex[:8]}.jsonl"
+            print(f"warning: {self.path} does not begin with its run; it is kept as {aside}", flush=True)
+            self.path.rename(aside)
+            shipped(self.path).unlink(missing_ok=True)
+            records = []
         if records:
             head = records[0]
             if uid is None and head["config"] == config:
@@ -166,7 +172,7 @@ def read_journal(run: Path | Store) -> list[Record]:
         journal = store.read(JOURNAL)
     except FileNotFoundError:
         return []
-    return _parse(journal) + _parse(_evaluations(store, journal))
+    return _parse(journal, f"{store}/{JOURNAL}") + _parse(_evaluations(store, journal), f"{store}/{EVALUATIONS}")
 
 
 def journal_of(run: Store) -> list[Record]:
@@ -225,8 +231,19 @@ def _line(record: Record) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
-def _parse(journal: bytes) -> list[Record]:
-    return [json.loads(line) for line in journal.split(b"\n")[:-1] if line]
+def _parse(journal: bytes, where: str = "") -> list[Record]:
+    """Parse a journal's lines; skips a damaged one with a warning that names it, if it is told `where` they are."""
+    records = []
+    for number, line in enumerate(journal.split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line) if line else None
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and "kind" in record:
+            records.append(record)
+        elif line and where:
+            print(f"warning: {where}, line {number} is damaged; skipping it", flush=True)
+    return records
 
 
 def _last_step(journal: bytes) -> int:

@@ -124,12 +124,21 @@ class Shipper:
             return False
 
         assert self.run_id
-        records = [json.loads(line) for line in lines]
+        records = _intact(lines)
         _send(self._client, self.run_id, self.journal.parent, records, self._sent_elsewhere)
         temporary = state_path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps({"run_id": self.run_id, "offset": offset + sum(map(len, lines))}))
         temporary.replace(state_path)
         return True
+
+
+def _intact(lines: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Parse journal lines, without the damaged ones: whoever reads the journal warns of them."""
+    records = []
+    for line in lines:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def update_parent(uri: str | None, experiment: str, uid: str, update: Callable[[Any, str], Any]) -> str | None:

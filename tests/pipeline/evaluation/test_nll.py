@@ -1,6 +1,7 @@
 """Bits/dim over many images: unbiased, the same on any number of ranks, resumable, paired."""
 
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,18 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     assert calls == []
     measured(val, trained, store=store, seed=1, **{**plan, "images": 8})  # another measurement
     assert calls == [8]
+
+
+def test_no_flipped_bit_of_a_saved_block_is_believed(val: Reader, trained: Trained, tmp_path: Path) -> None:
+    plan, store, rng = {"images": 16, "images_per_call": 8, "draws": 2}, Store(str(tmp_path)), random.Random(0)
+    whole = measured(val, trained, store=store, **plan)
+    files = {name: store.read(name) for name in store.list("evaluation/")}
+    for _ in range(10):
+        name = rng.choice(sorted(files))
+        content = bytearray(files[name])
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        store.write(name, bytes(content))
+        assert torch.equal(measured(val, trained, store=store, **plan).total, whole.total)
 
 
 def test_it_stops_at_the_target_and_not_before_enough_images(val: Reader, trained: Trained) -> None:

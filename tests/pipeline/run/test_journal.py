@@ -84,6 +84,36 @@ def test_an_evaluation_elsewhere_is_added_to_whole_lines(tmp_path: Path) -> None
         assert {r["metrics"]["eval/nll"] for r in records[3:]} == {4.0, 5.0}
 
 
+def test_a_damaged_line_is_named_and_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = journal(tmp_path, "none")
+    for step in (1, 2, 3):
+        first.log(step, {"train/loss": 1.0})
+    first.close("KILLED")
+    lines = (tmp_path / JOURNAL).read_bytes().split(b"\n")
+    lines[2] = lines[2].replace(b'"step"', b'step"')
+    (tmp_path / JOURNAL).write_bytes(b"\n".join(lines))
+    assert steps(tmp_path) == [1, 3]
+    assert f"{tmp_path}/{JOURNAL}, line 3 is damaged; skipping it" in capsys.readouterr().out
+    second = journal(tmp_path, "none", uid=first.uid)
+    second.log(4, {"train/loss": 1.0})
+    second.close("FINISHED")
+    assert steps(tmp_path) == [1, 3, 4]
+
+
+def test_a_journal_without_its_beginning_is_kept_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = journal(tmp_path, "none")
+    first.log(1, {"train/loss": 1.0})
+    first.close("KILLED")
+    content = (tmp_path / JOURNAL).read_bytes()
+    (tmp_path / JOURNAL).write_bytes(content[5:])
+    second = journal(tmp_path, "none", uid=first.uid)
+    second.close("FINISHED")
+    assert second.uid == first.uid
+    (aside,) = tmp_path.glob("journal-damaged-*.jsonl")
+    assert aside.read_bytes() == content[5:]
+    assert f"it is kept as {aside}" in capsys.readouterr().out
+
+
 def test_a_new_run_in_an_old_folder_keeps_the_old_journal(tmp_path: Path) -> None:
     first = journal(tmp_path, "none")
     first.log(1, {"a": 1.0})
