@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -182,7 +183,13 @@ def trained_features(data: Store, index: ShardIndex, world: World, steps: int = 
 
     def weights() -> bytes:
         if data.exists(name):
-            return data.read(name)
+            stored = data.read(name)
+            try:
+                network.load_state_dict(load(stored))
+                return stored
+            except (SafetensorError, RuntimeError):
+                print(f"warning: {data}/{name} is damaged; training it again", flush=True)
+                data.delete(name)
         _train(network, data, index, steps)
         return store_once(data, name, save(network.state_dict()))
 

@@ -7,10 +7,12 @@ Values equal torch-fidelity's on the same features. With features other than Inc
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -112,13 +114,22 @@ def dataset_reference(data: Store, index: ShardIndex, features: Features, world:
     """Use all images of a split. Their moments are cached next to the shards by the digests of data and network."""
     name = f"{CACHE}/{index.split}-{index.digest}-{features.digest}.npz"
 
-    stored = world.on_rank0(lambda: data.read(name) if data.exists(name) else None)
-    if stored:
-        moments = read_moments(stored)
-    else:
+    def cached() -> MeanCovariance | None:
+        if not data.exists(name):
+            return None
+        try:
+            return read_moments(data.read(name), f"{data}/{name}")
+        except InputError as error:
+            print(f"warning: {error}; computing it again", flush=True)
+            data.delete(name)
+            return None
+
+    moments = world.on_rank0(cached)
+    if moments is None:
         share = np.arange(*world.share(index.num_samples))
         moments = moments_of(_images(data, index, cache, share), features, world).mean_covariance()
-        world.only_on_rank0(lambda: store_once(data, name, moments_npz(*moments)))
+        content = moments_npz(*moments)
+        world.only_on_rank0(lambda: store_once(data, name, content))
     return Reference(f"{index.split}-{index.digest[:16]}", moments, partial(spread_images, data, index, cache))
 
 
@@ -135,30 +146,39 @@ def _images(data: Store, index: ShardIndex, cache: Cache, ids: np.ndarray, batch
 
 
 def npz_reference(
-    url: str, storage: StorageConfig, features: Features, world: World, batch_size: int = 256
+    url: str,
+    storage: StorageConfig,
+    features: Features,
+    shape: tuple[int, int, int],
+    world: World,
+    batch_size: int = 256,
 ) -> Reference:
     """Load a reference batch of the guided-diffusion evaluator: arr_0 (uint8 [N, H, W, C]), mu and sigma, or both.
 
-    `url` is a path or URL. mu and sigma only apply to Inception features.
+    `url` is a path or URL, `shape` (C, H, W) the model's. mu and sigma only apply to Inception features. Raises
+    InputError, before any image is drawn, if the file is damaged or does not fit.
     """
     store, name = locate(url, storage)
-    with store.open(name) as file:
+    where = f"--reference {mask(url)}"
+    with store.open(name) as file, _npz_errors(where):
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         file.seek(0)
-        with np.load(file, allow_pickle=False) as npz:
-            names = set(npz.files)
-            if not names & {"arr_0", "mu"}:
-                raise InputError(f"--reference {mask(url)}: got {sorted(names)}, expected arr_0, or mu and sigma")
-            if "mu" in names and features.name == "inception":
-                moments = npz["mu"], npz["sigma"]
-            elif "arr_0" in names:
-                share = npz_images(file, batch_size, world.rank, world.size)
-                moments = moments_of(share, features, world).mean_covariance()
-            else:
-                raise InputError(
-                    f"--reference {mask(url)}: got only Inception's mu and sigma, expected arr_0 for {features.name}"
-                    " features"
-                )
+        names = {Path(member).stem for member in zipfile.ZipFile(file).namelist()}
+        if "arr_0" in names:
+            count, *got = npz_shape(file)
+            expected = [*shape[1:], shape[0]]
+            if got != expected or count < 2:
+                raise InputError(f"arr_0 has {count} images of {got} (H, W, C), expected 2 or more of {expected}")
+        if "mu" in names and features.name == "inception":
+            file.seek(0)
+            moments = read_moments(file.read(), where)
+        elif "arr_0" in names:
+            share = npz_images(file, batch_size, world.rank, world.size)
+            moments = moments_of(share, features, world).mean_covariance()
+        elif "mu" in names:
+            raise InputError(f"got only Inception's mu and sigma, expected arr_0 for {features.name} features")
+        else:
+            raise InputError(f"got {sorted(names)}, expected arr_0, or mu and sigma")
 
     def first(n: int) -> Iterator[Tensor]:
         with store.open(name) as file:
@@ -174,9 +194,32 @@ def moments_npz(mean: np.ndarray, covariance: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def read_moments(data: bytes) -> MeanCovariance:
-    with np.load(io.BytesIO(data), allow_pickle=False) as npz:
-        return npz["mu"], npz["sigma"]
+def read_moments(data: bytes, where: str) -> MeanCovariance:
+    """Read a mean [D] and a covariance [D, D] that `moments_npz` or another evaluator wrote.
+
+    Raises InputError, which names `where` they are, if they are damaged or not finite.
+    """
+    with _npz_errors(where), np.load(io.BytesIO(data), allow_pickle=False) as npz:
+        mean, covariance = npz["mu"], npz["sigma"]
+        if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+            got = f"mu {list(mean.shape)} and sigma {list(covariance.shape)}"
+            raise InputError(f"got {got}, expected [D] and [D, D]")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise InputError("mu or sigma is not finite")
+    return mean, covariance
+
+
+@contextmanager
+def _npz_errors(where: str) -> Iterator[None]:
+    """Name the file in the errors of reading an .npz."""
+    try:
+        yield
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{where}: expected an intact .npz file: {error}") from error
+    except (ValueError, KeyError, EOFError, zlib.error) as error:
+        if str(error).startswith(where):  # named already
+            raise
+        raise InputError(f"{where}: {error}") from error
 
 
 def npz_images(
@@ -187,11 +230,7 @@ def npz_images(
     `most` limits N; the whole array is never in memory.
     """
     with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as array:
-        version = np.lib.format.read_magic(array)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(array)
-        if fortran or dtype != np.uint8 or len(shape) != 4:
-            raise InputError(f"--reference: arr_0 is {dtype} {shape}, expected uint8 [N, H, W, C]")
+        shape = _read_header(array)
         size = int(np.prod(shape[1:]))
         count = shape[0] if most is None else min(most, shape[0])
         for number, start in enumerate(range(0, count, batch_size)):
@@ -199,6 +238,21 @@ def npz_images(
             pixels = np.frombuffer(array.read(n * size), np.uint8).reshape(n, *shape[1:])
             if number % every == first:
                 yield torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+
+
+def npz_shape(file: IO[bytes]) -> tuple[int, ...]:
+    """Return the shape of arr_0 without reading it. Raises InputError unless it is uint8 [N, H, W, C]."""
+    with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as array:
+        return _read_header(array)
+
+
+def _read_header(array: IO[bytes]) -> tuple[int, ...]:
+    version = np.lib.format.read_magic(array)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(array)
+    if fortran or dtype != np.uint8 or len(shape) != 4:
+        raise InputError(f"arr_0 is {dtype} {shape}, expected uint8 [N, H, W, C]")
+    return shape
 
 
 def image_metrics(

@@ -164,7 +164,9 @@ class ImageMetrics:
         """The images to compare with; all ranks load it, or compute its moments, together."""
         if not self.plan.reference:
             return image_quality.dataset_reference(self.data, self.train, self.features, self.world, self.cache)
-        reference = image_quality.npz_reference(self.plan.reference, self.data.config, self.features, self.world)
+        reference = image_quality.npz_reference(
+            self.plan.reference, self.data.config, self.features, self.run.image_shape, self.world
+        )
         near = sorted(self.metrics & image_quality.NEAR)
         if near and reference.images is None:
             raise InputError(f"{', '.join(near)}: need real images; the reference has only moments")

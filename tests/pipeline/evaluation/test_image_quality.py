@@ -24,6 +24,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from pipeline.data.cache import Cache
 from pipeline.data.shards import load_index
 from pipeline.distributed.world import World
+from pipeline.errors import InputError
 from pipeline.evaluation import features as features_module
 from pipeline.evaluation import image_quality as metrics
 from pipeline.evaluation.features import (
@@ -48,6 +49,7 @@ from pipeline.images import batch_npz
 from pipeline.storage.backends import StorageConfig
 from pipeline.storage.store import Store
 
+SHAPE = (1, 8, 8)  # of the digits
 CPU = torch.device("cpu")
 
 
@@ -147,7 +149,7 @@ def test_the_whole_way_through_inception_is_torch_fidelitys(
     torch.manual_seed(0)
     drawn, real = (torch.rand(20, 3, 4, 4).pow(power).mul(255).to(torch.uint8) for power in (1, 2))
     (tmp_path / "real.npz").write_bytes(batch_npz(real.numpy()))
-    reference = npz_reference(str(tmp_path / "real.npz"), StorageConfig(), network, World())
+    reference = npz_reference(str(tmp_path / "real.npz"), StorageConfig(), network, (3, 4, 4), World())
     wanted = ["fid", "is", "kid", "precision", "recall"]
     got = image_metrics([network.extract(images) for images in drawn.split(4)], reference, network, wanted, 3)
     theirs = _theirs(drawn, real, weights)
@@ -276,7 +278,7 @@ def test_reference_moments_are_kept_beside_the_shards(
     index = load_index(store, "val")
     first = dataset_reference(store, index, network, World(), Cache(tmp_path, 10**9))
     name = f"evaluation/val-{index.digest}-{network.digest}.npz"
-    for there, here in zip(read_moments(store.read(name)), first.moments, strict=True):
+    for there, here in zip(read_moments(store.read(name), name), first.moments, strict=True):
         np.testing.assert_array_equal(there, here)
     images, _ = digits_of(store, "val", index.num_samples)
     expected = streamed(network.network(images)[0]).mean_covariance()
@@ -298,7 +300,7 @@ def test_reference_batches_of_the_guided_diffusion_evaluator(own: tuple[Store, F
         every_third = list(npz_images(file, 16, 1, 3))  # rank 1's share of 3 ranks
         assert len(every_third) == 1
         assert torch.equal(every_third[0], images[16:32])
-    reference = npz_reference(str(path), StorageConfig(), network, World())
+    reference = npz_reference(str(path), StorageConfig(), network, SHAPE, World())
     expected = streamed(network.extract(images)["features"]).mean_covariance()
     np.testing.assert_allclose(reference.moments[1], expected[1], atol=1e-9)
     assert reference.images
@@ -307,12 +309,14 @@ def test_reference_batches_of_the_guided_diffusion_evaluator(own: tuple[Store, F
     both = tmp_path / "both.npz"
     np.savez(both, arr_0=images.permute(0, 2, 3, 1).numpy(), mu=np.ones(64), sigma=np.eye(64), mu_s=0, sigma_s=0)
     inception = Features("inception", "x", network.network, CPU)
-    np.testing.assert_array_equal(npz_reference(str(both), StorageConfig(), inception, World()).moments[0], np.ones(64))
+    np.testing.assert_array_equal(
+        npz_reference(str(both), StorageConfig(), inception, SHAPE, World()).moments[0], np.ones(64)
+    )
     moments = tmp_path / "moments.npz"
     moments.write_bytes(moments_npz(np.ones(64), np.eye(64)))
-    assert npz_reference(str(moments), StorageConfig(), inception, World()).images is None
+    assert npz_reference(str(moments), StorageConfig(), inception, SHAPE, World()).images is None
     with pytest.raises(ValueError, match="got only Inception's mu and sigma, expected arr_0 for digits features"):
-        npz_reference(str(moments), StorageConfig(), network, World())
+        npz_reference(str(moments), StorageConfig(), network, SHAPE, World())
 
 
 @pytest.mark.parametrize("kind", ["memory", "http"])
@@ -320,15 +324,15 @@ def test_a_reference_batch_may_be_anywhere(own: tuple[Store, Features], tmp_path
     store, network = own
     images, _ = digits_of(store, "val", 30)
     (tmp_path / "reference.npz").write_bytes(batch_npz(images.numpy()))
-    here = npz_reference(str(tmp_path / "reference.npz"), StorageConfig(), network, World())
+    here = npz_reference(str(tmp_path / "reference.npz"), StorageConfig(), network, SHAPE, World())
     with _served(tmp_path) if kind == "http" else nullcontext("memory://references") as url:
         if kind == "memory":
             Store(url).write("reference.npz", batch_npz(images.numpy()))
-        there = npz_reference(f"{url}/reference.npz", StorageConfig(), network, World())
+        there = npz_reference(f"{url}/reference.npz", StorageConfig(), network, SHAPE, World())
         assert there.images
         assert torch.equal(torch.cat(list(there.images(25))), images[:25])
         with pytest.raises(FileNotFoundError, match=r"none\.npz does not exist"):
-            npz_reference(f"{url}/none.npz", StorageConfig(), network, World())
+            npz_reference(f"{url}/none.npz", StorageConfig(), network, SHAPE, World())
     assert there.digest == here.digest
     np.testing.assert_array_equal(there.moments[1], here.moments[1])
 
@@ -347,10 +351,10 @@ def test_nothing_in_a_reference_batch_is_unpickled(own: tuple[Store, Features], 
     path = tmp_path / "bad.npz"
     np.savez(path, mu=np.array([{"x": 1}], dtype=object), sigma=np.eye(1))
     with pytest.raises(ValueError, match="allow_pickle"):
-        npz_reference(str(path), StorageConfig(), Features("inception", "x", own[1].network, CPU), World())
+        npz_reference(str(path), StorageConfig(), Features("inception", "x", own[1].network, CPU), SHAPE, World())
     np.savez(path, arr_0=np.zeros((4, 8, 8, 1), np.float32))
     with pytest.raises(ValueError, match=re.escape("arr_0 is float32 (4, 8, 8, 1), expected uint8")):
-        npz_reference(str(path), StorageConfig(), own[1], World())
+        npz_reference(str(path), StorageConfig(), own[1], SHAPE, World())
 
 
 def test_a_store_that_is_read_only_only_costs_time(
@@ -390,3 +394,57 @@ def test_numbers_of_different_passports_are_not_compared(field: str) -> None:
 def test_a_number_says_what_it_is() -> None:
     text = str(Measured("nll", 3.5, 10, {"n": 64}, 0.1))
     assert re.search(r"nll +3\.5000 \+- 0\.1000 \(95 %: 3\.3040 to 3\.6960\) +\[n 64\]", text)
+
+
+IMAGES = np.zeros((4, 8, 8, 1), np.uint8)
+MEAN, COVARIANCE = np.zeros(64), np.eye(64)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"arr_0": np.zeros((4, 9, 9, 1), np.uint8)}, r"4 images of \[9, 9, 1\] .* of \[8, 8, 1\]"),
+        ({"arr_0": np.zeros((4, 1, 8, 8), np.uint8)}, r"4 images of \[1, 8, 8\]"),  # channels first
+        ({"arr_0": np.zeros((4, 8, 8, 3), np.uint8)}, r"4 images of \[8, 8, 3\]"),
+        ({"arr_0": IMAGES[:1]}, "1 images"),
+        ({"mu": MEAN}, "sigma is not a file in the archive"),
+        ({"mu": MEAN, "sigma": COVARIANCE * np.nan}, "mu or sigma is not finite"),
+        ({"mu": MEAN, "sigma": COVARIANCE[:3]}, r"mu \[64\] and sigma \[3, 64\], expected \[D\] and \[D, D\]"),
+        ({"x": MEAN}, r"got \['x'\], expected arr_0, or mu and sigma"),
+        ("cut", "expected an intact .npz file"),
+        ("npy", "expected an intact .npz file"),
+        ("flipped", "expected an intact .npz file"),
+    ],
+)
+def test_a_reference_that_does_not_fit_is_one_error_with_its_path(
+    own: tuple[Store, Features], tmp_path: Path, content: dict[str, np.ndarray] | str, says: str
+) -> None:
+    path = tmp_path / "reference.npz"
+    if isinstance(content, dict):
+        np.savez(path, **content)
+    elif content == "npy":
+        with path.open("wb") as file:
+            np.save(file, IMAGES)
+    else:
+        np.savez(path, arr_0=np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1))
+        data = bytearray(path.read_bytes())
+        data[300] ^= 1
+        path.write_bytes(data if content == "flipped" else data[:-30])
+    network = Features("inception" if "mu" in content else own[1].name, "x", own[1].network, CPU)
+    with pytest.raises(InputError, match=f"^--reference {path}: .*{says}"):
+        npz_reference(str(path), StorageConfig(), network, SHAPE, World())
+
+
+def test_damaged_caches_are_made_again(own: tuple[Store, Features], tmp_path: Path, capsys) -> None:
+    store = Store(shutil.copytree(own[0].local, tmp_path / "data"))
+    index = load_index(store, "train")
+    cache = Cache(tmp_path / "cache", 10**9)
+    network = trained_features(store, index, World(), steps=2)
+    reference = dataset_reference(store, index, network, World(), cache)
+    for name in store.list("evaluation/"):
+        store.write(name, store.read(name)[:-40])
+    again = trained_features(store, index, World(), steps=2)
+    assert again.digest == network.digest
+    moments = dataset_reference(store, index, again, World(), cache).moments
+    np.testing.assert_array_equal(moments[1], reference.moments[1])
+    assert capsys.readouterr().out.count("warning: ") == 2
