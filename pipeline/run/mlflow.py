@@ -7,6 +7,7 @@ the file `shipped` says how much of the journal has arrived, and lines sent twic
 import json
 import math
 import os
+import re
 import threading
 import time
 import traceback
@@ -216,12 +217,20 @@ def _send(
             case "tags":  # an attempt begins
                 client.update_run(run_id, status="RUNNING")
                 client.log_batch(run_id, tags=[RunTag(key, value) for key, value in record["tags"].items()])
-            case "image":
-                _log_image(client, run_id, folder / record["file"], record["key"], record["step"])
             case "status":
                 client.set_terminated(run_id, record["status"], millis)
     for start in range(0, len(metrics), 1000):
         client.log_batch(run_id, metrics=metrics[start : start + 1000])
+
+    # Pictures come last: one that cannot be stored costs nothing but itself.
+    for record in records:
+        if record["kind"] == "image":
+            try:
+                _log_image(client, run_id, folder, record["file"], record["key"], record["step"])
+            except Exception as error:
+                client.get_run(run_id)  # raises if the server itself is away: the picture is sent when it is back
+                reason = first_line(error)
+                print(f"warning: MLflow did not take {folder / record['file']}: {reason}; it stays there", flush=True)
 
 
 def _log_dataset(client: Any, run_id: str, dataset: dict[str, str]) -> None:
@@ -232,10 +241,15 @@ def _log_dataset(client: Any, run_id: str, dataset: dict[str, str]) -> None:
     client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
 
 
-def _log_image(client: Any, run_id: str, path: Path, key: str, step: int) -> None:
+def _log_image(client: Any, run_id: str, folder: Path, file: str, key: str, step: int) -> None:
+    """Log a picture for the charts, which show the steps of a key, and as a file to look at and to download."""
     from PIL import Image
 
+    if not re.fullmatch(r"samples/[\w.-]+\.png", file):  # a journal from a store may name any file of this machine
+        raise ValueError(f"got the name {file!r}, expected samples/NAME.png")
+    path = folder / file
     sent = client.list_artifacts(run_id, "images")
     if path.exists() and not any(f"{key}+step+{step}+" in artifact.path for artifact in sent):
+        client.log_artifact(run_id, str(path), "samples")
         with Image.open(path) as picture:
             client.log_image(run_id, picture.convert("RGB"), key=key, step=step, synchronous=True)

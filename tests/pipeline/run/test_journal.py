@@ -316,6 +316,30 @@ def test_a_journal_that_cannot_be_written_is_one_error_with_its_path(tmp_path: P
     deleted.close(None)
 
 
+def test_a_picture_that_cannot_be_sent_costs_nothing_but_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One is no picture, one names a file outside the run; the metrics, the status and the third arrive."""
+    uri, secret = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    first = journal(tmp_path / "run", uri)
+    for step in (1, 2, 3):
+        first.image(step, "grid", secret.read_bytes() if step == 3 else b"not a picture")
+    first.log(3, {"train/loss": 1.0})
+    path = tmp_path / "run" / JOURNAL
+    path.write_bytes(path.read_bytes().replace(b"samples/grid-0000002.png", b"samples/../../secret.png"))
+    first.close("FINISHED")
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("study").experiment_id])
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"train/loss": 1.0})
+    files = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "samples")]
+    assert "samples/grid-0000003.png" in files
+    assert not [file for file in files if "secret" in file]
+    said = capsys.readouterr().out
+    assert "MLflow did not take" in said
+    assert "expected samples/NAME.png" in said
+
+
 def test_the_runs_of_a_study_are_children_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.chdir(tmp_path)
