@@ -4,6 +4,7 @@ The journal is the history; MLflow has a copy, which is complete whatever happen
 the file `shipped` says how much of the journal has arrived, and lines sent twice change nothing.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -166,11 +167,33 @@ def open_run(uri: str, experiment: str, uid: str, name: str, parent: str | None 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from mlflow import MlflowClient
 
+    if uri.startswith("sqlite:///") and not re.search(r"[?]|:memory:", uri):
+        _create_database(Path(uri.removeprefix("sqlite:///")))
     client = MlflowClient(uri)
     tags = {}
     if parent:
         tags["mlflow.parentRunId"] = find_or_create_run(client, experiment, parent, experiment, {})
     return client, find_or_create_run(client, experiment, uid, name, tags)
+
+
+def _create_database(path: Path) -> None:
+    """Create an SQLite database, unless there is one, so that no other process ever sees half of its tables.
+
+    MLflow itself creates them in the file, where a kill, or a second process, leaves a database that never opens again.
+    """
+    from mlflow import MlflowClient
+
+    if path.exists():
+        return
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():  # another process was faster
+            return
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.unlink(missing_ok=True)  # of a process that was killed
+        MlflowClient(f"sqlite:///{temporary}").search_experiments()
+        temporary.rename(path)
 
 
 def find_or_create_run(client: Any, experiment: str, uid: str, name: str, tags: dict[str, str]) -> str:

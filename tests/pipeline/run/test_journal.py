@@ -340,6 +340,26 @@ def test_a_picture_that_cannot_be_sent_costs_nothing_but_itself(
     assert "expected samples/NAME.png" in said
 
 
+@pytest.mark.slow
+def test_a_new_database_survives_a_kill_and_a_race(tmp_path: Path) -> None:
+    """While MLflow makes its tables, for seconds, one process is killed and three more want the same database."""
+    open_it = "import sys; from pipeline.run.mlflow import open_run; open_run(sys.argv[1], 'e', sys.argv[2], 'r')"
+
+    def start(uid: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", open_it, f"sqlite:///{tmp_path}/mlflow.db", uid], cwd=ROOT)
+
+    victim = start("killed")
+    while not (tmp_path / "mlflow.db.tmp").exists():
+        time.sleep(0.01)
+    others = [start(uid) for uid in "abc"]
+    victim.kill()
+    victim.wait()
+    assert [other.wait(timeout=120) for other in others] == [0, 0, 0]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("e")
+    assert {run.data.tags["iddpm.uid"] for run in client.search_runs([experiment.experiment_id])} == set("abc")
+
+
 def test_the_runs_of_a_study_are_children_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.chdir(tmp_path)
