@@ -1,13 +1,13 @@
 """`make demo`: from real images to a trained model, its samples and its bits/dim, all on this machine."""
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.config import DEFAULT_URI, TrackingConfig
 from pipeline.masking import mask
 
 RUN = "runs/demo"
@@ -32,13 +32,16 @@ def demo(steps: Sequence[int] = STEPS, images: int = IMAGES) -> None:
     run("pipeline.sample", RUN, "--out", f"{RUN}/grid.png", "--steps", "250")
     run("jobs.curves", f"{RUN}/curves.png", RUN)
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    ui = f"{Path(sys.executable).parent}/mlflow ui --backend-store-uri sqlite:///mlflow.db"
     print(
         f"\nOpen   {Path(RUN).resolve()}/grid.png       64 generated digits"
-        f"\n       {Path(RUN).resolve()}/curves.png     learning curves\nCompare runs "
-        + (f"in MLflow at {mask(uri)}" if uri else f"with   {ui}\n                    and open http://127.0.0.1:5000")
+        f"\n       {Path(RUN).resolve()}/curves.png     learning curves"
     )
+    uri = TrackingConfig().mlflow_uri
+    if uri == DEFAULT_URI:
+        ui = f"{Path(sys.executable).parent}/mlflow ui --backend-store-uri {uri}"
+        print(f"Compare runs with   {ui}\n                    and open http://127.0.0.1:5000")
+    elif uri:
+        print(f"Compare runs in MLflow at {mask(uri)}")
 
 
 def run(module: str, *flags: str) -> None:

@@ -18,6 +18,9 @@ from iddpm.config import DiffusionConfig, UNetConfig
 from pipeline.errors import InputError
 from pipeline.storage.backends import StorageConfig
 
+DEFAULT_URI = "sqlite:///mlflow.db"
+"""Where MLflow keeps runs if nothing says otherwise: a file in the working directory."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -62,7 +65,7 @@ class TrackingConfig:
     @property
     def mlflow_uri(self) -> str | None:
         """MLflow's URI: given, from the environment, or the default; None if the history goes only to the journal."""
-        uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
         return None if uri == "none" else uri
 
 

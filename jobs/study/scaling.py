@@ -153,7 +153,8 @@ class ScalingFit:
         spread = (samples - value) * stdtrit(self.freedom, tail) / ndtri(tail)
         spread += error * np.random.default_rng(1).standard_t(self.freedom, spread.shape)
         low, high = value + np.quantile(spread, [1 - tail, tail], axis=0)
-        return low, high
+        # A full fit at a bound may lie outside all of its resamples.
+        return np.minimum(low, value), np.maximum(high, value)
 
     @property
     def freedom(self) -> int:
