@@ -2,6 +2,7 @@
 limits measured in the same run, because machines differ and are noisy; a ratio that misses its goal is marked.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -31,4 +32,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser("python -m benchmarks", description=__doc__).parse_args()
     main()
