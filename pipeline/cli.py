@@ -36,6 +36,8 @@ def parse_train(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
         except UserError as error:
             fail_usage(error)
     for word in flags:  # tyro knows only the fields
+        if not word.startswith("--"):  # a value, such as an --out named config
+            continue
         if close := get_close_matches(word.partition("=")[0], ("--preset", "--config", "--dry-run"), 1, 0.85):
             fail_usage(InputError(f"{word}: no such flag; did you mean {close[0]}?"))
     config = parse_flags(TrainConfig, flags, _description(options.preset), PRESETS[options.preset])

@@ -127,7 +127,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints, ascending."""
-        return sorted({record.step for record in self.records() if record.kind == "checkpoint"})
+        return sorted({record.step for record in self.committed()})
 
     def load(self, parts: tuple[str, ...] | None = None, step: int | None = None) -> tuple[Record, Parts] | None:
         """Load the newest intact checkpoint (or the one at `step`) and its parts; None if the run has no checkpoint.

@@ -83,8 +83,9 @@ class RunRecorder(Journal, Recorder):
     """
 
     def __init__(self, config: TrainConfig, run: Store, index: ShardIndex, meta: dict[str, Any], world: World) -> None:
+        recorded = record(config)
         dataset = {"url": config.data.url, "name": index.source, "digest": index.digest}
-        super().__init__(run, config.tracking, uid=meta.get("uid"), config=record(config), dataset=dataset)
+        super().__init__(run, config.tracking, uid=meta.get("uid"), config=recorded, dataset=dataset)
         self.config = config
         self.writer = Checkpoints(run).claim({"launcher": world.launcher, "world_size": world.size})
         self.tags(
@@ -97,7 +98,7 @@ class RunRecorder(Journal, Recorder):
             }
         )
         self.identity = {
-            "config": record(config),
+            "config": recorded,
             "uid": self.uid,
             "dataset_digest": index.digest,
             "averages": AVERAGES,

@@ -227,3 +227,9 @@ def test_a_flag_that_is_almost_one_is_recognised(word: str, meant: str, capsys: 
     with pytest.raises(SystemExit, match="2"):
         parse_train([word, "digits"])
     assert capsys.readouterr().err == f"error: {word}: no such flag; did you mean {meant}?\n"
+
+
+@pytest.mark.parametrize("out", ["preset", "config", "dry-run"])
+def test_a_value_may_be_called_like_a_flag(out: str) -> None:
+    config, dry_run = parse_train(["--out", out])
+    assert (config.out, dry_run) == (out, False)
